@@ -1,0 +1,38 @@
+"""Layers and kernels without a model: attention, rope, position tables, the flow, stacking, random keys."""
+
+from loom_jax.nn.attention import ATTENTION_BACKENDS, Attend, blockwise_attention, dense_attention
+from loom_jax.nn.embeddings import PositionTable, TimestepEmbedder, sincos_2d_table, timestep_sinusoid
+from loom_jax.nn.flow import (
+    denoising_schedule,
+    interpolate,
+    shift_timesteps,
+    training_timesteps,
+    velocity_target,
+)
+from loom_jax.nn.keys import Purpose, make_key
+from loom_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
+from loom_jax.nn.stack import REMAT_POLICIES, scan_layers, stack_layers
+
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "REMAT_POLICIES",
+    "Attend",
+    "PositionTable",
+    "Purpose",
+    "TimestepEmbedder",
+    "apply_rope",
+    "blockwise_attention",
+    "denoising_schedule",
+    "dense_attention",
+    "interpolate",
+    "make_key",
+    "rope_frequencies",
+    "rope_tables",
+    "scan_layers",
+    "shift_timesteps",
+    "sincos_2d_table",
+    "stack_layers",
+    "timestep_sinusoid",
+    "training_timesteps",
+    "velocity_target",
+]
