@@ -1,0 +1,20 @@
+"""The networks, one file each. They know no mesh: `constrain` and `attend` are handed in."""
+
+from loom_jax.models.autoencoder import Autoencoder, to_uint8
+from loom_jax.models.loom import LoomModel
+from loom_jax.models.mot import Constrain, Decoded, Decoder, KeysValues, MoTLayer, Past, unconstrained
+from loom_jax.models.siglip import Siglip
+
+__all__ = [
+    "Autoencoder",
+    "Constrain",
+    "Decoded",
+    "Decoder",
+    "KeysValues",
+    "LoomModel",
+    "MoTLayer",
+    "Past",
+    "Siglip",
+    "to_uint8",
+    "unconstrained",
+]

@@ -1,0 +1,190 @@
+"""The mixture-of-transformers decoder: two streams, two experts, one joint attention (spec section 4, DESIGN 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from loom_jax.core import DecoderConfig
+from loom_jax.document import TokenLayout
+from loom_jax.nn import Attend, apply_rope, dense_attention, rope_tables, scan_layers, stack_layers
+
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+RopeTables = tuple[jax.Array, jax.Array]
+
+
+def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """The default of `constrain(x, names)`: a model that runs on one device places nothing."""
+    return x
+
+
+class KeysValues(NamedTuple):
+    """Keys (after norm and rope) and values of many tokens: [B, N, K, A], or [L, B, N, K, A] of all layers."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Past(NamedTuple):
+    """Tokens that were already computed: keys and values [L, B, N, K, A] of every layer and their layout [B, N]."""
+
+    kv: KeysValues
+    layout: TokenLayout
+
+
+class Decoded(NamedTuple):
+    """What the decoder returns: hidden states after the final norms, und [B, U, D] and gen [B, G, D].
+
+    `kv` holds keys and values [L, B, U + G, K, A] of the new tokens if asked for, `layers` the output of every layer
+    as ([L, B, U, D], [L, B, G, D]) if asked for; else None.
+    """
+
+    und: jax.Array
+    gen: jax.Array
+    kv: KeysValues | None
+    layers: tuple[jax.Array, jax.Array] | None
+
+
+class Expert(nnx.Module):
+    """One parameter set of a layer. Projections keep heads apart: kernels [D, H, A] and [H, A, D]."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, head = config.hidden_size, config.head_dim
+        norm = {"epsilon": config.rms_norm_eps, **options}
+        self.input_norm = nnx.RMSNorm(width, **norm)
+        self.q_proj = nnx.LinearGeneral(width, (config.num_heads, head), **options)
+        self.k_proj = nnx.LinearGeneral(width, (config.num_kv_heads, head), **options)
+        self.v_proj = nnx.LinearGeneral(width, (config.num_kv_heads, head), **options)
+        self.o_proj = nnx.LinearGeneral((config.num_heads, head), width, axis=(-2, -1), use_bias=False, **options)
+        self.q_norm = nnx.RMSNorm(head, **norm)
+        self.k_norm = nnx.RMSNorm(head, **norm)
+        self.post_attention_norm = nnx.RMSNorm(width, **norm)
+        self.gate_proj = nnx.Linear(width, config.intermediate_size, use_bias=False, **options)
+        self.up_proj = nnx.Linear(width, config.intermediate_size, use_bias=False, **options)
+        self.down_proj = nnx.Linear(config.intermediate_size, width, use_bias=False, **options)
+
+    def project(self, x: jax.Array, rope: RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, S, D] -> q [B, S, H, A], k and v [B, S, K, A]; q and k normed per head, then rotated."""
+        x = self.input_norm(x)
+        q = apply_rope(self.q_norm(self.q_proj(x)), rope)
+        k = apply_rope(self.k_norm(self.k_proj(x)), rope)
+        return q, k, self.v_proj(x)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """SwiGLU, [B, S, D] -> [B, S, D]."""
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoTLayer(nnx.Module):
+    """One decoder layer: each stream through its own expert, all tokens in one attention."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        self.und = Expert(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.gen = Expert(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    def attention(
+        self,
+        streams: tuple[jax.Array, jax.Array],
+        ropes: tuple[RopeTables, RopeTables],
+        layout: TokenLayout,
+        past: Past | None,
+        attend: Attend,
+        constrain: Constrain,
+    ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
+        """Joint attention after the output projections: ((und [B, U, D], gen [B, G, D]), keys and values of all)."""
+        parts = zip(self.und.project(streams[0], ropes[0]), self.gen.project(streams[1], ropes[1]), strict=True)
+        q, k, v = (
+            constrain(jnp.concatenate(pair, axis=1), ("batch", "length", heads, None))
+            for pair, heads in zip(parts, ("heads", "kv_heads", "kv_heads"), strict=True)
+        )
+        keys, values, k_layout = k, v, layout
+        if past is not None:
+            keys = jnp.concatenate([past.kv.k.astype(k.dtype), k], axis=1)
+            values = jnp.concatenate([past.kv.v.astype(v.dtype), v], axis=1)
+            k_layout = concatenate_layouts(past.layout, layout)
+        attended = attend(q, keys, values, layout, k_layout)
+        num_und = streams[0].shape[1]
+        out = self.und.o_proj(attended[:, :num_und]), self.gen.o_proj(attended[:, num_und:])
+        return out, KeysValues(k, v)
+
+    def __call__(
+        self,
+        streams: tuple[jax.Array, jax.Array],
+        ropes: tuple[RopeTables, RopeTables],
+        layout: TokenLayout,
+        past: Past | None = None,
+        attend: Attend = dense_attention,
+        constrain: Constrain = unconstrained,
+    ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
+        """(und [B, U, D], gen [B, G, D]) -> the same after this layer, and the new tokens' keys and values.
+
+        `layout` is that of both streams one after the other, `past` this layer's slice of earlier tokens.
+        """
+        attended, kv = self.attention(streams, ropes, layout, past, attend, constrain)
+        out = []
+        for expert, x, a in zip((self.und, self.gen), streams, attended, strict=True):
+            x = constrain(x + a, ("batch", "length", "embed"))
+            x = x + expert.mlp(expert.post_attention_norm(x))
+            out.append(constrain(x, ("batch", "length", "embed")))
+        return (out[0], out[1]), kv
+
+
+class FinalNorms(nnx.Module):
+    """The norm after the last layer, one for each stream."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        options: dict[str, Any] = {"epsilon": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+        self.und = nnx.RMSNorm(config.hidden_size, rngs=rngs, **options)
+        self.gen = nnx.RMSNorm(config.hidden_size, rngs=rngs, **options)
+
+
+class Decoder(nnx.Module):
+    """All layers, stacked and scanned, and the final norms."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        self.config = config
+        self.layers = stack_layers(
+            lambda r: MoTLayer(config, rngs=r, dtype=dtype, param_dtype=param_dtype), config.num_layers, rngs
+        )
+        self.norm = FinalNorms(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        und: jax.Array,
+        gen: jax.Array,
+        und_layout: TokenLayout,
+        gen_layout: TokenLayout,
+        past: Past | None = None,
+        *,
+        attend: Attend = dense_attention,
+        constrain: Constrain = unconstrained,
+        remat: str = "none",
+        return_kv: bool = False,
+        return_layers: bool = False,
+    ) -> Decoded:
+        """und [B, U, D], gen [B, G, D] -> hidden states; see Decoded. Layouts [B, U] and [B, G]."""
+        ropes = tuple(
+            rope_tables(layout.position, self.config.head_dim, self.config.rope_theta)
+            for layout in (und_layout, gen_layout)
+        )
+        layout = concatenate_layouts(und_layout, gen_layout)
+
+        def apply(layer: MoTLayer, streams: Any, layer_kv: KeysValues | None) -> tuple[Any, Any]:
+            layer_past = None if layer_kv is None or past is None else Past(layer_kv, past.layout)
+            streams, kv = layer(streams, ropes, layout, layer_past, attend, constrain)
+            return streams, (kv if return_kv else None, streams if return_layers else None)
+
+        streams, (kv, layers) = scan_layers(
+            self.layers, apply, (und, gen), None if past is None else past.kv, remat=remat
+        )
+        return Decoded(self.norm.und(streams[0]), self.norm.gen(streams[1]), kv, layers)
+
+
+def concatenate_layouts(first: TokenLayout, second: TokenLayout) -> TokenLayout:
+    """Joins two layouts [B, N] and [B, M] to [B, N + M]."""
+    return TokenLayout(*(jnp.concatenate(pair, axis=1) for pair in zip(first, second, strict=True)))
