@@ -67,7 +67,7 @@ class LoomModel(nnx.Module):
 
     def embed_und(self, streams: Streams, attend: Attend = dense_attention) -> jax.Array:
         """Returns the und stream [B, U, D]: embedding rows, and ViT tokens where the layout has them."""
-        text = self.embed_tokens(streams.token_ids)
+        text = self.embed_tokens.embedding[...][streams.token_ids].astype(self.dtype)
         if streams.patches.shape[1] == 0:
             return text
         is_vit = (streams.vit_index != NO_TOKEN)[..., None]

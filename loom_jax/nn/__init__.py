@@ -1,6 +1,6 @@
 """Layers and kernels without a model: attention, rope, position tables, the flow, stacking, random keys."""
 
-from loom_jax.nn.attention import ATTENTION_BACKENDS, Attend, blockwise_attention, dense_attention
+from loom_jax.nn.attention import ATTENTION_BACKENDS, Attend, auto_attention, blockwise_attention, dense_attention
 from loom_jax.nn.embeddings import PositionTable, TimestepEmbedder, sincos_2d_table, timestep_sinusoid
 from loom_jax.nn.flow import (
     denoising_schedule,
@@ -21,6 +21,7 @@ __all__ = [
     "Purpose",
     "TimestepEmbedder",
     "apply_rope",
+    "auto_attention",
     "blockwise_attention",
     "denoising_schedule",
     "dense_attention",

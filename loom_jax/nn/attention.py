@@ -168,5 +168,21 @@ def _blockwise_backward(sizes: tuple[int, int], saved: tuple[Any, ...], grad: ja
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
-ATTENTION_BACKENDS: dict[str, Attend] = {"dense": dense_attention, "blockwise": blockwise_attention}
+_DENSE_LIMIT = 2048 * 2048
+"""Most (query, key) pairs of a row that are still computed at once: 16 MiB of float32 logits a head."""
+
+
+def auto_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout
+) -> jax.Array:
+    """Dense for few pairs of tokens (short packs, or one new token over a long context), blockwise beyond."""
+    attend = dense_attention if q.shape[1] * k.shape[1] <= _DENSE_LIMIT else blockwise_attention
+    return attend(q, k, v, q_layout, k_layout)
+
+
+ATTENTION_BACKENDS: dict[str, Attend] = {
+    "auto": auto_attention,
+    "dense": dense_attention,
+    "blockwise": blockwise_attention,
+}
 """Backends by the name that configurations use."""
