@@ -1,0 +1,3 @@
+"""PyTorch releases into Orbax folders and back, and parity against recorded references."""
+
+__all__: list[str] = []
