@@ -1,0 +1,77 @@
+"""Denoising: one compiled Euler loop over a schedule, and the velocity that it integrates (spec section 11, sampler)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from loom_jax.data import Streams
+from loom_jax.document import PADDING
+from loom_jax.generate.context import Context, take_rows
+from loom_jax.generate.guidance import Guidance, RenormType, guidance_is_active, guide
+from loom_jax.models import LoomModel, Past
+from loom_jax.nn import Attend, auto_attention
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def denoise(velocity: Velocity, x: jax.Array, schedule: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
+    """Takes the Euler steps `start` to `stop` of a schedule of times: x <- x - v(x, t_k) (t_k - t_{k+1}).
+
+    Args:
+      x: float32 [B, G, C], the state at time schedule[start].
+      schedule: float32 [T], falling; filler after `stop` + 1 is never read.
+      start, stop: int32 scalars; traced, so that one compilation serves previews of any number of steps.
+    """
+
+    def step(k: jax.Array, x: jax.Array) -> jax.Array:
+        return x - velocity(x, schedule[k]) * (schedule[k] - schedule[k + 1])
+
+    return jax.lax.fori_loop(start, stop, step, x)
+
+
+def branch_velocity(
+    model: LoomModel, context: Context, streams: Streams, x: jax.Array, t: jax.Array, attend: Attend = auto_attention
+) -> jax.Array:
+    """Returns the velocity [B, G, C] of latents x at time t (scalar) after a context, which is not changed."""
+    timesteps = jnp.full((x.shape[0], 1), t, jnp.float32)
+    decoded = model(streams, x, timesteps, Past(context.kv, context.layout), attend=attend)
+    return model.velocity(decoded.gen)
+
+
+def guided_velocity(
+    model: LoomModel,
+    contexts: Context,
+    streams: Streams,
+    guidance: Guidance,
+    branches: int,
+    renorm: RenormType,
+    attend: Attend = auto_attention,
+) -> Velocity:
+    """Returns the guided velocity of B requests whose `branches` contexts lie one after the other: cond, no-text, no-image.
+
+    `contexts` and `streams` have branches * B rows. All branches of a step run as one batched forward; at times outside
+    the guidance interval only the conditional rows run.
+    """
+    rows = contexts.length.shape[0] // branches
+    cond_context = take_rows(contexts, slice(0, rows))
+    cond_streams = jax.tree.map(lambda a: a[:rows], streams)
+    held = cond_streams.gen.document != PADDING
+
+    def unguided(x: jax.Array, t: jax.Array) -> jax.Array:
+        return branch_velocity(model, cond_context, cond_streams, x, t, attend)
+
+    if branches == 1:
+        return unguided
+
+    def guided(x: jax.Array, t: jax.Array) -> jax.Array:
+        all_rows = jnp.concatenate([x] * branches)
+        parts = jnp.split(branch_velocity(model, contexts, streams, all_rows, t, attend), branches)
+        return guide(parts[0], parts[1], parts[2] if branches == 3 else None, guidance, renorm, held)
+
+    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+        return jax.lax.cond(guidance_is_active(guidance, t), guided, unguided, x, t)
+
+    return velocity
