@@ -1,7 +1,8 @@
 """Convolution and group normalisation of images [N, h, w, C] that may lie on a larger canvas.
 
-`valid` [N, h, w, 1] bool marks the cells of the image; None means that the image fills its canvas. What lies outside has
-no influence on what lies inside: a convolution sees zeros there, as if the image stood alone, and a norm does not count it.
+`valid` [N, h, w, 1] bool marks the cells of the image; None means that the image fills its canvas. What lies outside
+has no influence on what lies inside: a convolution sees zeros there, as if the image stood alone, and a norm does not
+count it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Conv(nnx.Module):
 
 
 class Downsample(Conv):
-    """Halves the sides, rounding down: 3x3 at stride 2 with one row and column of zeros at the bottom and right only."""
+    """Halves the sides, rounding down: 3x3 at stride 2, padded by one row and column at the bottom and right only."""
 
     stride = 2
 
@@ -97,8 +98,7 @@ class GroupNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        n, h, w, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(n, h, w, self.num_groups, -1)
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.num_groups, x.shape[3] // self.num_groups)
         inside = None if valid is None else valid[..., None]
         centred = grouped - _mean(grouped, inside)
         y = (centred * jax.lax.rsqrt(_mean(centred**2, inside) + self.eps)).reshape(x.shape)
