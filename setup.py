@@ -1,4 +1,4 @@
-"""Builds the package `loom_jax`. Tool settings and the build backend stand in pyproject.toml, exact pins in requirements/."""
+"""Builds the package `loom_jax`. Tool settings stand in pyproject.toml, exact pins in requirements/."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,8 @@ ROOTS = {
     "loom_jax.configs": "configs",
 }
 # Files beside the modules that travel in the wheel, at any depth below a root.
-DATA = "sh sbatch yaml yml toml json jsonl txt md html css js j2 tmpl csv png jpg npz typed".split()
+DATA = ["sh", "sbatch", "yaml", "yml", "toml", "json", "jsonl", "txt", "md", "html", "css", "js", "j2", "tmpl"]
+DATA += ["csv", "png", "jpg", "npz", "typed"]
 
 
 def version() -> str:

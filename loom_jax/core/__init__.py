@@ -1,5 +1,6 @@
-"""Configuration dataclasses and errors. Imports neither jax nor anything else of the package."""
+"""Configuration dataclasses, errors, and how a command reports them. Imports no jax and nothing else of the package."""
 
+from loom_jax.core.command import ArgumentParser, run_command
 from loom_jax.core.config import (
     AutoencoderConfig,
     DecoderConfig,
@@ -18,6 +19,7 @@ from loom_jax.core.errors import (
 )
 
 __all__ = [
+    "ArgumentParser",
     "AutoencoderConfig",
     "CheckpointError",
     "ConfigError",
@@ -29,5 +31,6 @@ __all__ = [
     "SiglipConfig",
     "TokenizerError",
     "from_mapping",
+    "run_command",
     "to_mapping",
 ]
