@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from loom_jax.converters.tables import autoencoder_entries
 from loom_jax.core import AutoencoderConfig, ConfigError, ImageError
 from loom_jax.models.autoencoder import Autoencoder, attend_to_cells, to_uint8
 from loom_jax.nn.conv import GroupNorm
@@ -26,20 +27,11 @@ def autoencoder() -> Autoencoder:
     """The autoencoder of the tiny checkpoint."""
     model = nnx.eval_shape(lambda: Autoencoder(CONFIG, rngs=nnx.Rngs(0)))
     tensors = load_file(CKPT / "ae.safetensors")
-    state = nnx.state(model, nnx.Param)
-    leaves = nnx.to_flat_state(state)
-    nnx.update(model, nnx.from_flat_state([(path, leaf.replace(_read(tensors, path))) for path, leaf in leaves]))
+    params = {entry.path: entry.from_torch(tensors[entry.key]) for entry in autoencoder_entries(CONFIG)}
+    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    new = [(path, leaf.replace(jnp.asarray(params["/".join(map(str, path))]))) for path, leaf in leaves]
+    nnx.update(model, nnx.from_flat_state(new))
     return model
-
-
-def _read(tensors: dict[str, np.ndarray], path: tuple) -> jax.Array:
-    *place, leaf = (str(part) for part in path)
-    if place[-1] in ("downsample", "upsample"):
-        place.append("conv")
-    x = tensors[".".join([*place, "bias" if leaf == "bias" else "weight"])]
-    if leaf == "kernel":
-        x = x[:, :, 0, 0].T if place[-1] in ("q", "k", "v", "proj_out") else x.transpose(2, 3, 1, 0)
-    return jnp.asarray(x)
 
 
 def channels_last(x: np.ndarray) -> np.ndarray:

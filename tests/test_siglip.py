@@ -1,7 +1,6 @@
 """The ViT against the records of the original, and its packing."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,41 +8,44 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from loom_jax.core import SiglipConfig
+from loom_jax.converters.tables import model_entries
+from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig
 from loom_jax.document import PADDING
 from loom_jax.models.siglip import Siglip
 from loom_jax.nn import blockwise_attention
 from tests.reference import CKPT, assert_close, golden
 
 CONFIG = SiglipConfig(hidden_size=48, intermediate_size=88, num_layers=3, num_heads=3, patch_size=14, num_positions=100)
-PREFIX = "vit_model.vision_model."
+DECODER = DecoderConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16
+)
+VAE = AutoencoderConfig(
+    ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1, z_channels=16, scale_factor=0.3611, shift_factor=0.1159
+)
+MODEL = LoomConfig(decoder=DECODER, vit=CONFIG, vae=VAE, max_latent_size=16, vit_max_num_patch_per_side=10)
 
 
 @functools.cache
 def siglip() -> Siglip:
     """The ViT of the tiny checkpoint, upcast to float32."""
     model = nnx.eval_shape(lambda: Siglip(CONFIG, rngs=nnx.Rngs(0)))
+    with safe_open(CKPT / "ema.safetensors", "np") as tensors:
+        params = {
+            entry.path: jnp.asarray(entry.from_torch(tensors.get_tensor(entry.key)), jnp.float32)
+            for entry in model_entries(MODEL)
+            if entry.path.startswith("vit/")
+        }
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    with safe_open(CKPT / "ema.safetensors", "flax") as tensors:
-        new = [(path, leaf.replace(_read(tensors, path, leaf.shape))) for path, leaf in leaves]
-    nnx.update(model, nnx.from_flat_state(new))
+    nnx.update(model, nnx.from_flat_state([(path, leaf.replace(_leaf(params, path))) for path, leaf in leaves]))
     return model
 
 
-def _read(tensors, path: tuple, shape: tuple[int, ...]) -> jax.Array:
-    *place, leaf = (str(part) for part in path)
-    suffix = "bias" if leaf == "bias" else "weight"
-    name = place[-1]
-
-    def one(key: str) -> jax.Array:
-        x = tensors.get_tensor(f"{PREFIX}{key}.{suffix}").astype(jnp.float32)
-        return x.T if leaf == "kernel" else x
-
-    if place[0] == "layers":
-        part = f"self_attn.{name}" if re.fullmatch("(q|k|v|out)_proj", name) else name
-        part = f"mlp.{name}" if name in ("fc1", "fc2") else part
-        return jnp.stack([one(f"encoder.layers.{i}.{part}") for i in range(shape[0])]).reshape(shape)
-    return one(name if name == "post_layernorm" else f"embeddings.{name}")
+def _leaf(params: dict[str, jax.Array], path: tuple) -> jax.Array:
+    """One leaf; those of layers lie apart in the checkpoint and together in memory."""
+    place = "/".join(map(str, path))
+    if path[0] != "layers":
+        return params[f"vit/{place}"]
+    return jnp.stack([params[f"vit/{place}".replace("layers", f"layers/{i}")] for i in range(CONFIG.num_layers)])
 
 
 def packed(batch: int = 1, filler: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
