@@ -45,6 +45,21 @@ def empty_context(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.d
     return Context(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), layout, start, start, start)
 
 
+def start_context(
+    model: LoomModel,
+    streams: Streams,
+    latents: jax.Array,
+    position: jax.Array,
+    split: jax.Array,
+    capacity: int,
+    attend: Attend = auto_attention,
+) -> tuple[Context, Decoded]:
+    """Reads the first tokens of every row into new contexts of `capacity`; arguments as in `extend_context`."""
+    decoded = _read(model, streams, latents, None, attend)
+    context = empty_context(model.config.decoder, latents.shape[0], capacity, model.dtype)
+    return _store(context, decoded.kv, streams, position, split), decoded
+
+
 def extend_context(
     model: LoomModel,
     context: Context,
@@ -60,10 +75,13 @@ def extend_context(
     the context, `position` and `split` [B] say where the next segment begins (the `end` of its layout).
     The caller sees to it that the capacity suffices: tokens beyond it would be lost.
     """
-    timesteps = jnp.zeros((latents.shape[0], 1), jnp.float32)
-    past = Past(context.kv, context.layout)
-    decoded = model(streams, latents, timesteps, past, attend=attend, return_kv=True)
+    decoded = _read(model, streams, latents, Past(context.kv, context.layout), attend)
     return _store(context, decoded.kv, streams, position, split), decoded
+
+
+def _read(model: LoomModel, streams: Streams, latents: jax.Array, past: Past | None, attend: Attend) -> Decoded:
+    timesteps = jnp.zeros((latents.shape[0], 1), jnp.float32)
+    return model(streams, latents, timesteps, past, attend=attend, return_kv=True)
 
 
 def _store(
