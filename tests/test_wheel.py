@@ -59,9 +59,7 @@ def test_wheel_holds_every_tracked_file_and_nothing_beside_the_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     expected = [INSIDE[name.split("/")[0]] + "/" + name.split("/", 1)[1] for name in tracked(*INSIDE)]
     missing = sorted(set(expected) - set(names))
-    assert not missing, (
-        f"not in the wheel: {missing} (needs __init__.py in its folder, or its ending in setup.py)"
-    )
+    assert not missing, f"not in the wheel: {missing} (needs __init__.py in its folder, or its ending in setup.py)"
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"loom_jax"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
