@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.sources import ROOT, tracked
+
 # From top to bottom: a module imports from its own folder and from those below. The table of the design, section 3.
 ORDER = [
     ["loom_jax.launch"],
@@ -37,14 +38,9 @@ ROOTS = ("loom_jax", "converters", "launch", "configs")
 LINES = 80
 
 
-def tracked(*folders: str) -> list[Path]:
-    """Returns the files that git tracks below some folders (all of them without), and that are there."""
-    listed = subprocess.run(["git", "ls-files", "-z", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
-
-
-MODULES = [path for path in tracked(*ROOTS) if path.suffix == ".py"]
-ALL_MODULES = [path for path in tracked() if path.suffix == ".py"]
+FILES = [ROOT / name for name in tracked()]
+ALL_MODULES = [path for path in FILES if path.suffix == ".py"]
+MODULES = [path for path in ALL_MODULES if path.relative_to(ROOT).parts[0] in ROOTS]
 
 
 def label(path: Path) -> str:
@@ -176,7 +172,7 @@ def test_no_path_of_a_machine_and_no_package_host():
     hosts = "|".join(["pypi" + r"\.org", "pythonhosted" + r"\.org", "conda" + r"\.anaconda"])
     pattern = re.compile(rf"(?<![\w.}}\])])/({folders})/|{hosts}")
     found = []
-    for path in tracked():
+    for path in FILES:
         content = path.read_bytes()
         if b"\0" in content[:4096]:
             continue

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.sources import ROOT, tracked
+
 ASSET = ROOT / "tests" / "assets" / "bagel_tiny"
 INSIDE = {"loom_jax": "loom_jax", "converters": "loom_jax/converters", "launch": "loom_jax/launch"}
 INSIDE["configs"] = "loom_jax/configs"
@@ -22,11 +23,6 @@ def run(*command, cwd):
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
-
-
-def tracked(*folders):
-    listed = run("git", "ls-files", *folders, cwd=ROOT)
-    return [name for name in listed.splitlines() if (ROOT / name).exists()]
 
 
 @pytest.fixture(scope="module")
