@@ -1,0 +1,206 @@
+"""Conversion of BAGEL checkpoints: `python -m loom_jax.converters.bagel to-orbax | from-orbax | inspect`."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loom_jax.core import ArgumentParser, CheckpointError, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NAME = "python -m loom_jax.converters.bagel"
+DTYPES = ("bfloat16", "float32")
+
+_EXAMPLES = """example:
+  {name} to-orbax BAGEL-7B-MoT bagel_7b
+  {name} inspect bagel_7b
+  {name} from-orbax bagel_7b BAGEL-again
+"""
+
+
+def to_orbax(
+    source: Path,
+    destination: Path,
+    *,
+    weights: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Converts a PyTorch release folder into a folder that this framework loads.
+
+    Nothing appears at `destination` before everything is written. Host memory: some hundred MiB and the largest tensor.
+
+    Args:
+      weights: `ema` or `model` (ema.safetensors, model.safetensors or their shards); what is there, `ema` first.
+      dtype: `bfloat16` or `float32` casts the transformer's weights; by default every tensor keeps its dtype.
+      overwrite: whether an earlier conversion at `destination` may be replaced.
+      progress: whether stderr shows a bar.
+
+    Raises:
+      CheckpointError: the release is incomplete, corrupt or contradicts itself; or `destination` cannot be used.
+      TokenizerError: the tokenizer's files are missing or of an unknown kind.
+    """
+    from loom_jax.checkpoint import new_folder
+    from loom_jax.converters.release import open_release
+    from loom_jax.converters.stream import write_converted
+
+    _check_places(source, destination)
+    release = open_release(source, weights)
+    cast = _dtype(dtype)
+    total = release.model.nbytes + release.vae.nbytes
+    widened = 1 if cast is None else max(cast.itemsize / kept.itemsize for kept in release.model.dtypes.values())
+    with new_folder(destination, overwrite=overwrite) as folder, _bar("to Orbax", total, progress) as advance:
+        _check_space(folder, int(total * max(1, widened)))
+        write_converted(release, folder, cast, advance)
+
+
+def from_orbax(source: Path, destination: Path, *, overwrite: bool = False, progress: bool = False) -> None:
+    """Converts a folder of this framework back into the layout of the PyTorch release.
+
+    Args:
+      overwrite: whether a release at `destination` may be replaced.
+      progress: whether stderr shows a bar.
+
+    Raises:
+      CheckpointError: the folder is incomplete or corrupt; or `destination` cannot be used.
+    """
+    from loom_jax.checkpoint import new_folder, read_folder
+    from loom_jax.converters.stream import stored_bytes, write_release
+
+    _check_places(source, destination)
+    converted = read_folder(source)
+    total = stored_bytes(converted)
+    with (
+        new_folder(destination, overwrite=overwrite, mark="ema.safetensors") as folder,
+        _bar("to safetensors", total, progress) as advance,
+    ):
+        _check_space(folder, total)
+        write_release(converted, folder, advance)
+
+
+def inspect(source: Path) -> None:
+    """Prints components, sizes, dtypes and configuration of a release folder or of a converted one.
+
+    Raises:
+      CheckpointError, TokenizerError: the folder is neither, or is broken; see `to_orbax`.
+    """
+    from loom_jax.converters.report import print_report
+
+    print_report(source)
+
+
+def _check_places(source: Path, destination: Path) -> None:
+    """Raises CheckpointError where writing to `destination` would touch `source`."""
+    here, there = source.resolve(), destination.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise CheckpointError(f"{destination} and {source} lie one inside the other: choose a folder beside the source")
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises CheckpointError where the disk cannot hold what will be written."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"{free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB are needed"
+        raise CheckpointError(f"{folder.parent} has {sizes}: choose another place")
+
+
+def _dtype(name: str | None) -> np.dtype | None:
+    if name is None:
+        return None
+    from loom_jax.converters.tensors import DTYPES as KNOWN
+
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return next(dtype for dtype in KNOWN.values() if dtype.name == name)
+
+
+@contextlib.contextmanager
+def _bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yields a function that moves a progress bar on by so many bytes."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with progress.Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=NAME,
+        description="Converts BAGEL checkpoints between the PyTorch release and Orbax.",
+        epilog=_EXAMPLES.format(name=NAME),
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    to = commands.add_parser(
+        "to-orbax",
+        help="release folder -> folder that loom_jax loads",
+        description="Converts a release (ema.safetensors, ae.safetensors, json, tokenizer) into a folder.",
+        epilog=f"example:\n  {NAME} to-orbax BAGEL-7B-MoT bagel_7b",
+    )
+    to.add_argument("source", type=Path, metavar="SRC", help="release folder")
+    to.add_argument("destination", type=Path, metavar="DST", help="folder to be made")
+    to.add_argument("--weights", choices=("ema", "model"), help="which weights; by default what is there, ema first")
+    to.add_argument("--dtype", choices=DTYPES, help="cast the transformer; by default every tensor keeps its dtype")
+    back = commands.add_parser(
+        "from-orbax",
+        help="converted folder -> release folder",
+        description="Converts a folder of loom_jax back into the layout of the release.",
+        epilog=f"example:\n  {NAME} from-orbax bagel_7b BAGEL-again",
+    )
+    back.add_argument("source", type=Path, metavar="SRC", help="converted folder")
+    back.add_argument("destination", type=Path, metavar="DST", help="folder to be made")
+    for command in (to, back):
+        command.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion left at DST")
+    look = commands.add_parser(
+        "inspect",
+        help="what a folder holds",
+        description="Checks a release or a converted folder, and prints its parts, sizes, dtypes and configuration.",
+        epilog=f"example:\n  {NAME} inspect BAGEL-7B-MoT",
+    )
+    look.add_argument("source", type=Path, metavar="SRC", help="release folder or converted folder")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command.
+
+    Raises:
+      InputError: bad usage or bad input.
+    """
+    args = _parser().parse_args(argv)
+    if args.command == "inspect":
+        inspect(args.source)
+        return 0
+    if args.command == "to-orbax":
+        to_orbax(
+            args.source,
+            args.destination,
+            weights=args.weights,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            progress=True,
+        )
+    else:
+        from_orbax(args.source, args.destination, overwrite=args.overwrite, progress=True)
+    print(args.destination)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(NAME, main, sys.argv[1:]))

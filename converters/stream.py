@@ -1,0 +1,178 @@
+"""The two conversions, tensor by tensor: what is read is written and dropped before more is read."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loom_jax import __version__
+from loom_jax.checkpoint import (
+    ModelFolder,
+    ParamWriter,
+    StoredParam,
+    check_shapes,
+    read_params,
+    stored_params,
+    write_record,
+)
+from loom_jax.converters.release import AUTOENCODER, CONFIG_FILES, Release, config_files
+from loom_jax.converters.tables import Entry, autoencoder_entries, model_entries
+from loom_jax.converters.tensors import TensorFileWriter, TensorSource
+from loom_jax.core import CheckpointError
+from loom_jax.nn import sincos_2d_table
+
+BATCH_BYTES = 2**28
+"""Tensors that are written by one call: together at most this many bytes, or a single larger one."""
+
+Advance = Callable[[int], None]
+"""Told the bytes of each batch when it is done."""
+
+
+def write_converted(release: Release, folder: Path, dtype: np.dtype | None, advance: Advance) -> None:
+    """Writes a converted model into an empty folder.
+
+    Args:
+      dtype: of the transformer's weights; None keeps each tensor's. The autoencoder is never cast.
+      advance: gets the bytes that were read.
+
+    Raises:
+      CheckpointError: a file cannot be read.
+    """
+    stop = threading.Event()
+    sources = [file.path for source in (release.model, release.vae) for file in source.files]
+    with ThreadPoolExecutor(1) as pool:
+        hashes = pool.map(lambda path: _sha256(path, stop), sources)
+        try:
+            _write_component(folder / "model", release.model_entries, release.model, dtype, advance)
+            _write_component(folder / "vae", release.vae_entries, release.vae, None, advance)
+        except BaseException:
+            stop.set()
+            raise
+        files = [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(sources, hashes, strict=True)
+        ]
+    for name in release.files:
+        shutil.copyfile(release.path / name, folder / name)
+    provenance = {
+        "tool": f"loom_jax {__version__}",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "source": release.path.resolve().name,
+        "source_files": files,
+        "weights": release.weights,
+        "source_dtypes": {"model": _dtype_counts(release.model.dtypes), "vae": _dtype_counts(release.vae.dtypes)},
+        "cast": None if dtype is None else dtype.name,
+        "recomputed": list(release.recomputed),
+    }
+    write_record(folder, release.config, provenance, release.files)
+
+
+def _dtype_counts(dtypes: Mapping[str, np.dtype]) -> dict[str, int]:
+    """Dtype -> number of tensors."""
+    names = [dtype.name for dtype in dtypes.values()]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def _sha256(path: Path, stop: threading.Event) -> str:
+    """Hash of a file, or of a part of it once `stop` is set."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while not stop.is_set() and (block := file.read(2**22)):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_component(
+    path: Path, entries: Sequence[Entry], source: TensorSource, dtype: np.dtype | None, advance: Advance
+) -> None:
+    """Writes one Orbax checkpoint from safetensors."""
+    sizes = {key: math.prod(shape) * source.dtypes[key].itemsize for key, shape in source.shapes.items()}
+    with ParamWriter(path) as writer:
+        for batch in _batches(entries, [sizes.get(entry.key, 0) for entry in entries]):
+            writer.write({entry.path: _param(entry, source, dtype) for entry in batch})
+            present = [entry.key for entry in batch if entry.key in sizes]
+            for key in present:
+                source.forget(key)
+            advance(sum(sizes[key] for key in present))
+
+
+def _param(entry: Entry, source: TensorSource, dtype: np.dtype | None) -> np.ndarray:
+    """One parameter: a view of the file, unless it is cast or recomputed."""
+    if entry.key in source.shapes:
+        array = entry.from_torch(source[entry.key])
+    else:
+        rows, width = entry.shape
+        array = sincos_2d_table(width, math.isqrt(rows))
+    return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def _batches(entries: Iterable[Entry], sizes: Iterable[int]) -> Iterator[list[Entry]]:
+    """Cuts a list into runs of at most BATCH_BYTES."""
+    batch: list[Entry] = []
+    total = 0
+    for entry, size in zip(entries, sizes, strict=True):
+        if batch and total + size > BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(entry)
+        total += size
+    yield batch
+
+
+def stored_bytes(folder: ModelFolder) -> int:
+    """Bytes of all weights of a converted folder."""
+    return sum(leaf.nbytes for name in ("model", "vae") for leaf in stored_params(folder.path / name).values())
+
+
+def write_release(folder: ModelFolder, path: Path, advance: Advance) -> None:
+    """Writes a converted model in the layout of the release, into an empty folder.
+
+    Position tables that the source of the conversion lacked are left out again.
+
+    Raises:
+      CheckpointError: the folder's checkpoints do not fit its configuration, or cannot be read.
+    """
+    left_out = set(folder.provenance.get("recomputed", ()))
+    components = (
+        ("model", "ema.safetensors", model_entries(folder.config)),
+        ("vae", AUTOENCODER, autoencoder_entries(folder.config.vae)),
+    )
+    for component, name, entries in components:
+        source = folder.path / component
+        stored = stored_params(source)
+        shapes = {key: leaf.shape for key, leaf in stored.items()}
+        check_shapes(
+            str(source), shapes, {entry.path: entry.param_shape for entry in entries}, "convert the release again"
+        )
+        kept = [entry for entry in entries if entry.key not in left_out]
+        _write_tensors(path / name, source, kept, stored, advance)
+    for name in folder.files:
+        if not (folder.path / name).is_file():
+            raise CheckpointError(f"{folder.path} lacks {name}, which its record lists: convert the release again")
+        shutil.copyfile(folder.path / name, path / name)
+    if not set(CONFIG_FILES[:3]) & set(folder.files):
+        for name, content in config_files(folder.config).items():
+            (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(
+    path: Path, source: Path, entries: Sequence[Entry], stored: Mapping[str, StoredParam], advance: Advance
+) -> None:
+    """Writes one safetensors file from an Orbax checkpoint."""
+    tensors = {entry.key: (entry.shape, stored[entry.path].dtype) for entry in entries}
+    with TensorFileWriter(path, tensors) as writer:
+        for batch in _batches(entries, [stored[entry.path].nbytes for entry in entries]):
+            arrays: dict[str, Any] = read_params(source, {entry.path: stored[entry.path] for entry in batch})
+            for entry in batch:
+                writer.write(entry.key, entry.to_torch(arrays.pop(entry.path)))
+            advance(sum(stored[entry.path].nbytes for entry in batch))

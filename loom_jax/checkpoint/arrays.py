@@ -1,0 +1,278 @@
+"""Parameters in Orbax: one leaf per layer on disk, layers stacked in memory.
+
+In memory `decoder/layers/und/q_proj/kernel` has a leading layer axis L; on disk there is one leaf
+`decoder/layers/<i>/und/q_proj/kernel` for each layer. Both directions go layer by layer, so neither a host nor a device
+ever holds a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+
+from loom_jax.checkpoint.compare import check_shapes
+from loom_jax.core import CheckpointError
+from loom_jax.parallel import flatten_params
+
+CHUNK_BYTES = 2 * 2**20
+"""Size of a stored chunk: the least that a host reads, so not much more than one device's part of a 7 B kernel."""
+
+CONCURRENT_BYTES = 2**28
+"""Bytes that Orbax may hold on top of the arrays themselves while it reads or writes."""
+
+STACKED = "layers"
+"""Path component below which parameters are stacked along a layer axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParam:
+    """Shape and dtype of one leaf on disk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _context(reading: int = 0) -> ocp.Context:
+    """Orbax options that keep memory low; `reading` is the size of the largest array to be read."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = CONCURRENT_BYTES
+    context.memory.read_concurrent_bytes = CONCURRENT_BYTES + 2 * reading
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+class ParamWriter:
+    """Writes one Orbax checkpoint in several parts; it appears at `path` when the `with` block ends without an error.
+
+    In a job of several processes all of them make the same calls.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    def __enter__(self) -> Self:
+        if jax.process_index() == 0:  # what a killed save left behind
+            shutil.rmtree(self.path.with_name(f"{self.path.name}.partial_save"), ignore_errors=True)
+        return self
+
+    def write(self, leaves: Mapping[str, np.ndarray | jax.Array]) -> None:
+        """Writes leaves by their path on disk, and returns when they are stored."""
+        with _context():
+            ocp.partial.save(self.path, _nested(leaves))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            with _context():
+                ocp.partial.finalize(self.path)
+
+
+def stored_params(path: Path) -> dict[str, StoredParam]:
+    """Returns path -> shape and dtype of every leaf of an Orbax checkpoint.
+
+    Raises:
+      CheckpointError: there is no readable checkpoint.
+    """
+    try:
+        tree = ocp.metadata(path.absolute()).metadata
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} holds no readable Orbax checkpoint ({_first_line(error)}): convert or save it again"
+        ) from error
+    leaves, _ = flatten_params(tree)
+    return {name: StoredParam(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+
+
+def read_params(path: Path, stored: Mapping[str, StoredParam]) -> dict[str, np.ndarray]:
+    """Returns some leaves as numpy arrays on this host.
+
+    Args:
+      stored: those to be read, from `stored_params`.
+
+    Raises:
+      CheckpointError: they cannot be read.
+    """
+    # An array of one value seen many times: Orbax only asks for its type, shape and dtype.
+    abstract = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in stored.items()}
+    leaves, _ = flatten_params(_load(path, abstract, max(leaf.nbytes for leaf in stored.values())))
+    return leaves
+
+
+def _load(path: Path, abstract: Mapping[str, Any], largest: int) -> Any:
+    """Reads some leaves; nested dicts of arrays."""
+    try:
+        with _context(largest):
+            return ocp.load(path.absolute(), _nested(abstract))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read near {next(iter(abstract))} ({_first_line(error)}): convert or save it again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _layer_path(path: str, layer: int) -> str:
+    """Path on disk of one layer of a stacked parameter."""
+    head, tail = path.split(f"{STACKED}/", 1)
+    return f"{head}{STACKED}/{layer}/{tail}"
+
+
+def _is_stacked(path: str) -> bool:
+    return STACKED in path.split("/")
+
+
+def _on_disk(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Path on disk -> shape, for parameters as they are in memory."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in params.items():
+        if _is_stacked(path):
+            shapes |= {_layer_path(path, layer): tuple(leaf.shape[1:]) for layer in range(leaf.shape[0])}
+        else:
+            shapes[path] = tuple(leaf.shape)
+    return shapes
+
+
+def _parts(params: Mapping[str, Any]) -> Iterator[tuple[int | None, list[str]]]:
+    """Yields (layer, paths) in the order in which they are read and written: modules without layers, then layers."""
+    groups: dict[str, list[str]] = {}
+    for path in params:
+        groups.setdefault(path.split(f"{STACKED}/")[0] if _is_stacked(path) else path.split("/")[0], []).append(path)
+    for paths in groups.values():
+        if not _is_stacked(paths[0]):
+            yield None, paths
+            continue
+        for layer in range(params[paths[0]].shape[0]):
+            yield layer, paths
+
+
+def save_params(path: Path, params: Any) -> None:
+    """Saves parameters as one Orbax checkpoint, one leaf per layer; each process writes its own shards.
+
+    Args:
+      params: jax arrays in an nnx.State or nested dicts; below a component `layers` they are stacked [L, ...].
+
+    Raises:
+      FileExistsError: there is something at `path`.
+    """
+    leaves, _ = flatten_params(params)
+    with ParamWriter(path) as writer:
+        for layer, paths in _parts(leaves):
+            if layer is None:
+                writer.write({name: leaves[name] for name in paths})
+            else:
+                writer.write({_layer_path(name, layer): leaves[name][layer] for name in paths})
+
+
+def restore_params(path: Path, abstract: Any, shardings: Any = None, *, dtype: Any = None) -> Any:
+    """Restores parameters straight onto their devices, where the layers are stacked one by one.
+
+    Each process reads the chunks that its own shards touch. Device memory: the parameters and one layer.
+
+    Args:
+      abstract: arrays or shapes, as nnx.State or nested dicts; every leaf must be stored, and nothing else.
+      shardings: a tree of the same structure, from `parallel.shardings_for`; all on the first device by default.
+      dtype: of the result; as stored by default (the widest where layers of one parameter differ).
+
+    Returns:
+      A tree like `abstract` of jax arrays.
+
+    Raises:
+      CheckpointError: leaves are missing, unknown or of another shape (the first few are named), or unreadable.
+    """
+    leaves, structure = flatten_params(abstract)
+    where = dict(zip(leaves, _sharding_leaves(shardings, len(leaves)), strict=True))
+    stored = stored_params(path)
+    expected = _on_disk(leaves)
+    way_out = "its configuration and its weights belong to different models, or it was not written to its end"
+    check_shapes(str(path), {name: leaf.shape for name, leaf in stored.items()}, expected, way_out)
+    restored: dict[str, jax.Array] = {}
+    for layer, paths in _parts(leaves):
+        names = {name: name if layer is None else _layer_path(name, layer) for name in paths}
+        types = {name: dtype or _memory_dtype(name, leaves[name], stored) for name in paths}
+        layer_where = {name: where[name] if layer is None else _of_one_layer(where[name]) for name in paths}
+        target = {
+            names[name]: jax.ShapeDtypeStruct(stored[names[name]].shape, types[name], sharding=layer_where[name])
+            for name in paths
+        }
+        largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in target.values())
+        read, _ = flatten_params(_load(path, target, largest))
+        if layer is None:
+            restored |= {name: read[names[name]] for name in paths}
+            continue
+        places = tuple(where[name] for name in paths)
+        if layer == 0:
+            shapes = tuple((tuple(leaves[name].shape), np.dtype(types[name])) for name in paths)
+            restored |= dict(zip(paths, _allocator(shapes, places)(), strict=True))
+        arrays = tuple(read[names[name]] for name in paths)
+        stacked = _inserter(places)(tuple(restored[name] for name in paths), arrays, layer)
+        restored |= dict(zip(paths, stacked, strict=True))
+    return jax.tree_util.tree_unflatten(structure, [restored[name] for name in leaves])
+
+
+def _sharding_leaves(shardings: Any, count: int) -> Iterable[Sharding]:
+    if shardings is None:
+        return [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * count
+    return jax.tree_util.tree_leaves(shardings)
+
+
+def _memory_dtype(path: str, leaf: Any, stored: Mapping[str, StoredParam]) -> np.dtype:
+    """The dtype that holds every stored layer of a parameter; what JAX makes of float64."""
+    names = [_layer_path(path, layer) for layer in range(leaf.shape[0])] if _is_stacked(path) else [path]
+    return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, (stored[name].dtype for name in names)))
+
+
+def _of_one_layer(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stacked parameter."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    return sharding
+
+
+@functools.lru_cache
+def _allocator(shapes: tuple[tuple[tuple[int, ...], np.dtype], ...], where: tuple[Sharding, ...]) -> Any:
+    """A compiled function that makes the stacked buffers on their devices."""
+    return jax.jit(lambda: tuple(jnp.zeros(shape, dtype) for shape, dtype in shapes), out_shardings=where)
+
+
+@functools.lru_cache
+def _inserter(where: tuple[Sharding, ...]) -> Any:
+    """A compiled function that writes one layer into stacked buffers in place."""
+
+    def insert(buffers: tuple[jax.Array, ...], layers: tuple[jax.Array, ...], at: jax.Array) -> tuple[jax.Array, ...]:
+        pairs = zip(buffers, layers, strict=True)
+        return tuple(jax.lax.dynamic_update_index_in_dim(buffer, layer, at, 0) for buffer, layer in pairs)
+
+    return jax.jit(insert, donate_argnums=0, out_shardings=where)

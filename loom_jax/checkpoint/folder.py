@@ -1,0 +1,207 @@
+"""The folder of a converted model: configuration, tokenizer and provenance beside two Orbax checkpoints.
+
+loom.json                     schema version, configuration, provenance
+tokenizer.json, config.json   ...and the other files of the release, as they were
+model/  vae/                  Orbax, one leaf per layer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from loom_jax.checkpoint.arrays import restore_params
+from loom_jax.core import CheckpointError, LoomConfig, from_mapping, to_mapping
+from loom_jax.parallel import make_mesh, shardings_for
+
+RECORD = "loom.json"
+"""Name of the file that makes a folder a converted model."""
+
+COMPONENTS = ("model", "vae")
+"""The two checkpoints of a folder: the transformer (LoomModel) and the autoencoder (Autoencoder)."""
+
+SCHEMA_VERSION = 1
+"""Version of the folder's form that this code writes."""
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""Version of a record -> function that returns it in the form of the next version."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A converted model on disk.
+
+    Attributes:
+      path: the folder; the tokenizer's files lie in it under their own names.
+      config: of the networks.
+      provenance: where the weights came from: source files with sizes and hashes, dtypes, tool version, date.
+      files: names of the files taken over from the release.
+    """
+
+    path: Path
+    config: LoomConfig
+    provenance: Mapping[str, Any]
+    files: tuple[str, ...]
+
+
+def write_record(folder: Path, config: LoomConfig, provenance: Mapping[str, Any], files: tuple[str, ...]) -> None:
+    """Writes loom.json."""
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "config": to_mapping(config),
+        "provenance": dict(provenance),
+        "files": list(files),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_folder(path: Path | str) -> ModelFolder:
+    """Reads loom.json of a converted folder.
+
+    Raises:
+      CheckpointError: it is not there, not readable, or of a version that cannot be used.
+      ConfigError: its configuration has unknown or missing keys.
+    """
+    path = Path(path)
+    file = path / RECORD
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} is not a converted model: it holds no {RECORD}; make one with "
+            "`python -m loom_jax.converters.bagel to-orbax RELEASE FOLDER`"
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): convert the release again") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{file} holds a {type(record).__name__}, expected an object: convert the release again")
+    record = migrate(record, file)
+    lacking = [key for key in ("config", "provenance", "files") if key not in record]
+    if lacking:
+        raise CheckpointError(f"{file} lacks key {lacking[0]!r}: convert the release again")
+    config = from_mapping(LoomConfig, record["config"], "config.")
+    return ModelFolder(path, config, record["provenance"], tuple(record["files"]))
+
+
+def migrate(
+    record: dict[str, Any],
+    file: Path,
+    migrations: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = MIGRATIONS,
+    version: int = SCHEMA_VERSION,
+) -> dict[str, Any]:
+    """Returns a record in the form of `version`, by one migration after another.
+
+    Raises:
+      CheckpointError: the record is newer than this code, or so old that no migration leads on.
+    """
+    found = record.get("schema_version")
+    if not isinstance(found, int):
+        raise CheckpointError(f"{file} has schema_version {found!r}, expected a number: convert the release again")
+    if found > version:
+        raise CheckpointError(
+            f"{file} has schema_version {found}, this loom_jax knows up to {version}: upgrade loom_jax"
+        )
+    while found < version:
+        if found not in migrations:
+            raise CheckpointError(
+                f"{file} has schema_version {found}, which cannot be migrated: convert the release again"
+            )
+        record = migrations[found](record)
+        found += 1
+    return {**record, "schema_version": version}
+
+
+def restore_component(
+    folder: ModelFolder,
+    component: str,
+    abstract: Any,
+    *,
+    mesh: Mesh | None = None,
+    preset: str = "single",
+    dtype: Any = None,
+) -> Any:
+    """Restores `model` or `vae` onto a mesh.
+
+    Args:
+      abstract: shapes of its parameters, as nnx.State or nested dicts.
+      mesh, preset: where they go; on the first device by default, on `make_mesh(preset)` where only a preset is given.
+      dtype: of the parameters; as stored by default.
+
+    Returns:
+      A tree like `abstract` of jax arrays.
+
+    Raises:
+      CheckpointError: see `restore_params`.
+      ConfigError: see `shardings_for`.
+    """
+    shardings = None
+    if mesh is not None or preset != "single":
+        shardings = shardings_for(abstract, make_mesh(preset) if mesh is None else mesh, preset)
+    return restore_params(folder.path / component, abstract, shardings, dtype=dtype)
+
+
+def load_module(
+    folder: ModelFolder,
+    component: str,
+    build: Callable[[LoomConfig], nnx.Module],
+    *,
+    mesh: Mesh | None = None,
+    preset: str = "single",
+    dtype: Any = None,
+) -> Any:
+    """Returns `build(folder.config)` with the stored weights; `build` itself allocates nothing.
+
+    Arguments and errors as in `restore_component`.
+    """
+    module = nnx.eval_shape(lambda: build(folder.config))
+    graph, abstract = nnx.split(module, nnx.Param)
+    return nnx.merge(graph, restore_component(folder, component, abstract, mesh=mesh, preset=preset, dtype=dtype))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False, mark: str = RECORD) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` that becomes `path` at the end, or vanishes on any error.
+
+    Args:
+      overwrite: whether a folder at `path` may be replaced; only one that is empty or holds a file `mark`.
+
+    Raises:
+      CheckpointError: there is something at `path` that may not be replaced, or the folder cannot be made.
+    """
+    path = path.absolute()
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise CheckpointError(f"{path} is already there: choose another name, or give --overwrite to replace it")
+        if not path.is_dir() or (any(path.iterdir()) and not (path / mark).exists()):
+            raise CheckpointError(f"{path} holds no {mark}, so it is not replaced: choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise CheckpointError(f"{path.parent} cannot be written to ({error.strerror}): choose another place") from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        _put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`; what stood there is moved aside first, so that there is never half of either."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(aside / "old")
+    temporary.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
