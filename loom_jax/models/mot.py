@@ -92,9 +92,9 @@ class MoTLayer(nnx.Module):
         streams: tuple[jax.Array, jax.Array],
         ropes: tuple[RopeTables, RopeTables],
         layout: TokenLayout,
-        past: Past | None,
-        attend: Attend,
-        constrain: Constrain,
+        past: Past | None = None,
+        attend: Attend = dense_attention,
+        constrain: Constrain = unconstrained,
     ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
         """Joint attention after the output projections: ((und [B, U, D], gen [B, G, D]), keys and values of all)."""
         parts = zip(self.und.project(streams[0], ropes[0]), self.gen.project(streams[1], ropes[1]), strict=True)
