@@ -10,6 +10,7 @@ from loom_jax.document.document import (
     TextTokens,
     drop_segments,
 )
+from loom_jax.document.encode import Encoder
 from loom_jax.document.layout import (
     NO_TOKEN,
     DocumentLayout,
@@ -20,16 +21,40 @@ from loom_jax.document.layout import (
     lay_out,
 )
 from loom_jax.document.mask import CAUSAL, FULL, NOISE, PADDING, TokenLayout, may_attend
+from loom_jax.document.positions import grid_position_ids, interpolated_position_ids
+from loom_jax.document.prompts import THINK_THEN_ANSWER, THINK_THEN_DRAW
+from loom_jax.document.tokenizer import LOOM_TOKENS, SPECIAL_TOKENS, Tokenizer
+from loom_jax.document.transforms import (
+    MAX_IMAGE_PIXELS,
+    VAE_TRANSFORM,
+    VIT_TRANSFORM,
+    ImageTransform,
+    normalize,
+    open_image,
+    pack_latent,
+    patchify,
+    to_rgb,
+    unpack_latent,
+)
 
 __all__ = [
     "CAUSAL",
     "FULL",
+    "LOOM_TOKENS",
+    "MAX_IMAGE_PIXELS",
     "NOISE",
     "NO_TOKEN",
     "PADDING",
+    "SPECIAL_TOKENS",
+    "THINK_THEN_ANSWER",
+    "THINK_THEN_DRAW",
+    "VAE_TRANSFORM",
+    "VIT_TRANSFORM",
     "DocumentLayout",
     "EncodedSegment",
+    "Encoder",
     "ImageTokens",
+    "ImageTransform",
     "LayoutState",
     "Picture",
     "Role",
@@ -38,9 +63,18 @@ __all__ = [
     "Text",
     "TextTokens",
     "TokenLayout",
+    "Tokenizer",
     "Weighting",
     "drop_segments",
+    "grid_position_ids",
+    "interpolated_position_ids",
     "label_weight",
     "lay_out",
     "may_attend",
+    "normalize",
+    "open_image",
+    "pack_latent",
+    "patchify",
+    "to_rgb",
+    "unpack_latent",
 ]

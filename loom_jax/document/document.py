@@ -74,10 +74,8 @@ Segment = Text | Picture
 EncodedSegment = TextTokens | ImageTokens
 
 
-def drop_segments(
-    segments: Sequence[EncodedSegment], should_drop: Callable[[str], bool]
-) -> list[EncodedSegment]:
-    """Marks droppable segments as dropped; `should_drop` is asked once a segment with its kind (`text`, `vit`, `clean`).
+def drop_segments(segments: Sequence[EncodedSegment], should_drop: Callable[[str], bool]) -> list[EncodedSegment]:
+    """Marks droppable segments as dropped; `should_drop` is asked once each with its kind (`text`, `vit`, `clean`).
 
     Source: the per-item dropout of the original's packer. A dropped segment vanishes with its markers, but the layout
     still counts the rope position of a dropped image.

@@ -1,4 +1,4 @@
-"""The layout of a document: for every token its stream, split, mode, order and rope position. The only place that counts.
+"""The layout of a document: every token's stream, split, mode, order and rope position. The only place that counts.
 
 Source: spec section 3. Training packs these layouts, generation extends a context with them; both get the same numbers.
 """

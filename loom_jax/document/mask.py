@@ -1,4 +1,4 @@
-"""The attention rule: who may attend to whom. The single statement of it; every attention backend is tested against it."""
+"""The attention rule: who may attend to whom. Its single statement: every attention backend is tested against it."""
 
 from __future__ import annotations
 

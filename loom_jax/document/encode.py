@@ -1,0 +1,100 @@
+"""From a document as a person writes it to encoded segments that the layout can place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image as PILImage
+
+from loom_jax.core import ConfigError
+from loom_jax.document.document import EncodedSegment, ImageTokens, Picture, Role, Segment, Text, TextTokens
+from loom_jax.document.layout import SpecialIds
+from loom_jax.document.tokenizer import Tokenizer
+from loom_jax.document.transforms import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform, patchify, to_rgb
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Encodes texts and pictures for one model.
+
+    Attributes:
+      tokenizer: of the checkpoint.
+      latent_stride: pixels a side of one latent token (`LoomConfig.latent_stride`).
+      vit_patch: pixels a side of one ViT patch.
+      vae_transform, vit_transform: for `clean` and `noisy` pictures, and for `vit` pictures.
+    """
+
+    tokenizer: Tokenizer
+    latent_stride: int
+    vit_patch: int
+    vae_transform: ImageTransform = VAE_TRANSFORM
+    vit_transform: ImageTransform = VIT_TRANSFORM
+
+    def __post_init__(self) -> None:
+        for name, transform, cell in (
+            ("vae_transform", self.vae_transform, self.latent_stride),
+            ("vit_transform", self.vit_transform, self.vit_patch),
+        ):
+            if transform.stride % cell:
+                raise ConfigError(
+                    f"{name} makes sides multiples of {transform.stride}, but a token covers {cell} pixels a side: "
+                    f"set its stride to a multiple of {cell}"
+                )
+
+    @property
+    def special(self) -> SpecialIds:
+        """Ids of the marks that frame segments, as `lay_out` wants them."""
+        return self.tokenizer.special
+
+    def encode(self, segments: Sequence[Segment], img_num: int = 1) -> list[EncodedSegment]:
+        """Returns one encoded segment for each segment, in order.
+
+        Args:
+          segments: texts and pictures.
+          img_num: number of images that share the area bound of the ViT transform (data with many images a sample).
+        """
+        return [
+            self._text(segment) if isinstance(segment, Text) else self._picture(segment, img_num)
+            for segment in segments
+        ]
+
+    def condition_pictures(self, image: PILImage.Image, roles: Sequence[Role] = ("clean", "vit")) -> list[Picture]:
+        """Returns an input picture of a generation request in its roles.
+
+        The original resizes it for the VAE first and shows the result to the ViT too (spec section 11), even where the
+        VAE does not see it. Its size is then the default size of the output.
+        """
+        resized = self.vae_transform.resize(to_rgb(image))
+        return [Picture(resized, role) for role in roles]
+
+    def patches(self, image: ImageTokens) -> np.ndarray:
+        """Returns the ViT patches of a `vit` image with pixels, float32 [V, 3PP], one row for each cell of its grid."""
+        if image.role != "vit" or image.pixels is None:
+            raise ValueError(
+                f"an image of role {image.role} {'with' if image.pixels is not None else 'without'} pixels"
+            )
+        return patchify(image.pixels, self.vit_patch)
+
+    def _text(self, text: Text) -> TextTokens:
+        return TextTokens(
+            ids=self.tokenizer.encode(text.text),
+            loss=text.loss,
+            droppable=text.droppable,
+            end_label=None if text.end_label is None else self.tokenizer.token_id(text.end_label),
+        )
+
+    def _picture(self, picture: Picture, img_num: int) -> ImageTokens:
+        image = to_rgb(picture.image)
+        if picture.role == "vit":
+            pixels, cell = self.vit_transform(image, img_num), self.vit_patch
+        else:
+            pixels, cell = self.vae_transform(image), self.latent_stride
+        height, width, _ = pixels.shape
+        return ImageTokens(
+            role=picture.role,
+            grid=(height // cell, width // cell),
+            pixels=pixels,
+            droppable=picture.droppable,
+        )
