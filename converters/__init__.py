@@ -1,3 +1,17 @@
 """PyTorch releases into Orbax folders and back, and parity against recorded references."""
 
-__all__: list[str] = []
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loom_jax.converters.bagel import from_orbax, inspect, to_orbax
+
+__all__ = ["from_orbax", "inspect", "to_orbax"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `python -m loom_jax.converters.bagel` must not find its own module imported already."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from loom_jax.converters import bagel
+
+    return getattr(bagel, name)

@@ -91,7 +91,7 @@ def _read_header(path: Path, prefix: bytes, size: int, file: Any) -> tuple[dict[
         )
     try:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is corrupt: its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is corrupt: its header is a {type(header).__name__}, expected an object")
