@@ -88,9 +88,11 @@ def lay_out(
     """
     runs: list[_Run] = []
     position, split = start.position, start.split - 1
+    joinable = False  # whether the last run belongs to the video, if any, that this segment goes on with
     for index, segment in enumerate(segments):
+        joins = joinable and isinstance(segment, ImageTokens) and segment.joins_previous
+        joinable = joins or not segment.dropped
         if not segment.dropped:
-            joins = isinstance(segment, ImageTokens) and segment.joins_previous
             if not joins:
                 split += 1
             if isinstance(segment, TextTokens):

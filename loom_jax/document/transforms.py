@@ -51,7 +51,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
 
 def _decode(source: Path | io.BytesIO, name: str) -> PILImage.Image:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # around the header only: the filters belong to the whole process
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             image = PILImage.open(source)
         with image:
