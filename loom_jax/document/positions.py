@@ -27,6 +27,7 @@ def interpolated_position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
 
     The fraction i / n of row i of n falls into a bucket between k / side and (k + 1) / side. Where the two meet,
     rounding decides: as in torch.arange, both are multiples of a float64 step, rounded to float32.
+    Beyond 15 cells a side, vectorised torch may round a multiple otherwise, depending on the processor; this does not.
     """
     inner = _steps(side)[1:]
     row, column = (np.searchsorted(inner, _steps(n), side="right") for n in grid)
