@@ -20,8 +20,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("convert the tiny checkpoint, generate a picture and a text", "loom_jax.demo:main"),
-    "generate": Command("generate pictures or text with a checkpoint", "loom_jax.generate.command:main"),
+    "demo": Command("convert the tiny checkpoint, generate a picture and a text", "loom_jax.commands.demo:main"),
+    "generate": Command("generate pictures or text with a checkpoint", "loom_jax.commands.generate:main"),
     "convert": Command("turn a PyTorch release folder into an Orbax folder, or back", "loom_jax.converters.bagel:main"),
 }
 

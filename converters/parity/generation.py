@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loom_jax.converters.parity.packs import encode_picture
 from loom_jax.converters.parity.port import Port, channels_first, channels_last
 from loom_jax.converters.parity.records import Checked, Records
-from loom_jax.data import Streams
-from loom_jax.document import EncodedSegment, ImageTokens, LayoutState, Picture, Text, TextTokens, lay_out, pack_latent
-from loom_jax.data import Budget, Packable, pack
+from loom_jax.data import Budget, Packable, Streams, pack
+from loom_jax.document import EncodedSegment, ImageTokens, LayoutState, TextTokens, lay_out, pack_latent
 from loom_jax.generate import (
     Context,
     Engine,
@@ -31,7 +29,7 @@ from loom_jax.generate import (
     branch_velocity,
     guidance_is_active,
     guide,
-    take_rows,
+    make_guidance,
 )
 from loom_jax.nn import denoising_schedule
 
@@ -167,7 +165,7 @@ def check_gen_text(records: Records, port: Port) -> Checked:
         count = len(r[f"{name}_ids"])
         read = made.read([segments], [()], room=count + 1)
         keys = jax.random.split(jax.random.key(0), 1)
-        greedy = TextControls(np.float32(0), np.float32(1))
+        greedy = TextControls(jnp.float32(0), jnp.float32(1))
         decoded = engine(port).decode_text(read.context, keys, greedy, count, buffer=count)
         ids = [port.encoder.special.bos, *np.asarray(decoded.tokens)[0, : count - 1].tolist()]
         context, logits = greedy_logits(port, segments, ids)
@@ -215,7 +213,7 @@ CONTEXTS = ("gen", "cfg_text", "cfg_img")
 @functools.partial(jax.jit, static_argnames=("graphdef", "renorm"))
 def _trace_steps(
     graphdef: Any, params: Any, contexts: Any, streams: Any, x: Any, schedule: Any, guidance: Guidance, renorm: Any
-) -> dict[str, Any]:
+) -> Any:
     """Denoises step by step with every branch's velocity kept, NaN where the original did not evaluate it."""
     model = nnx.merge(graphdef, params)
     held = streams[0].gen.document >= 0
@@ -248,7 +246,7 @@ def check_gen_image(records: Records, port: Port) -> Checked:
                 continue
             settings = image_settings(case)
             schedule = denoising_schedule(settings.num_timesteps, settings.timestep_shift)
-            guidance = _guidance(settings)
+            guidance = make_guidance(settings, [settings.cfg_img_scale])
             renorm = settings.cfg_renorm_type
             x = jnp.asarray(noise[None])
             _, steps = _trace_steps(graphdef, params, contexts, streams, x, schedule, guidance, renorm=renorm)
@@ -261,16 +259,6 @@ def check_gen_image(records: Records, port: Port) -> Checked:
                 computed[f"{source_name}_t"] = schedule[:-1]
             out.computed |= {n: v for n, v in computed.items() if n in r}
     return out
-
-
-def _guidance(settings: ImageSettings) -> Guidance:
-    return Guidance(
-        np.float32([settings.cfg_text_scale]),
-        np.float32([settings.cfg_img_scale]),
-        np.float32(settings.cfg_interval[0]),
-        np.float32(settings.cfg_interval[1]),
-        np.float32(settings.cfg_renorm_min),
-    )
 
 
 def _read_branches(port: Port, name: str, source: Source) -> tuple[list[Context], list[Streams], dict[str, Any]]:
@@ -297,7 +285,7 @@ def check_gen_image_cases(records: Records, port: Port) -> Checked:
     for name, case in records.json("gen_image_cases").items():
         settings = image_settings(case)
         times = denoising_schedule(settings.num_timesteps, settings.timestep_shift)[:-1]
-        active = [bool(guidance_is_active(_guidance(settings), t)) for t in times]
+        active = [bool(guidance_is_active(make_guidance(settings, [settings.cfg_img_scale]), t)) for t in times]
         out.computed[name] = {**case, "cfg_active_steps": active}
     return out
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from loom_jax.converters.parity.port import Port, channels_first, channels_last
 from loom_jax.converters.parity.records import Checked, Records
+from loom_jax.data import Streams
 from loom_jax.document import (
     TokenLayout,
     grid_position_ids,
@@ -19,7 +20,6 @@ from loom_jax.document import (
     patchify,
     unpack_latent,
 )
-from loom_jax.data import Streams
 from loom_jax.nn import (
     apply_rope,
     denoising_schedule,

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from loom_jax.checkpoint import load_module, read_folder
+from loom_jax.converters.bagel import to_orbax
 from loom_jax.converters.parity.records import Records
 from loom_jax.core import LoomConfig
 from loom_jax.data import Packable, Tables
-from loom_jax.document import EncodedSegment, Encoder, ImageTransform, lay_out
+from loom_jax.document import EncodedSegment, Encoder, ImageTransform, Tokenizer, lay_out
 from loom_jax.models import Autoencoder, LoomModel
 
 
@@ -32,7 +35,7 @@ class Port:
     @property
     def tables(self) -> Tables:
         """Sizes that packing needs."""
-        return Tables(self.config.max_latent_size, self.config.vit_max_num_patch_per_side, self.config.vit.patch_size)
+        return Tables.of(self.config)
 
     def packable(self, segments: Sequence[EncodedSegment], weighting: Any = "square") -> Packable:
         """Returns one document with its layout."""
@@ -51,22 +54,21 @@ class Port:
 
 def open_port(records: Records) -> Port:
     """Converts the set's checkpoint into a temporary folder and loads it from there in float32."""
-    from loom_jax.checkpoint import load_folder
-    from loom_jax.converters.bagel import to_orbax
-
     with tempfile.TemporaryDirectory(prefix="loom_parity_") as scratch:
-        folder = Path(scratch) / "converted"
-        to_orbax(records.folder / "ckpt", folder)
-        loaded = load_folder(folder, dtype=np.dtype(np.float32))
+        to_orbax(records.folder / "ckpt", Path(scratch) / "converted")
+        folder = read_folder(Path(scratch) / "converted")
+        model = load_module(folder, "model", lambda c: LoomModel(c, rngs=nnx.Rngs(0)), dtype=jnp.float32)
+        vae = load_module(folder, "vae", lambda c: Autoencoder(c.vae, rngs=nnx.Rngs(0)), dtype=jnp.float32)
+        tokenizer = Tokenizer.from_folder(folder.path)
     settings = records.settings
     encoder = Encoder(
-        tokenizer=loaded.tokenizer,
-        latent_stride=loaded.config.latent_stride,
-        vit_patch=loaded.config.vit.patch_size,
+        tokenizer=tokenizer,
+        latent_stride=folder.config.latent_stride,
+        vit_patch=folder.config.vit.patch_size,
         vae_transform=ImageTransform(*settings["vae_tf"]),
         vit_transform=ImageTransform(*settings["vit_tf"]),
     )
-    return Port(loaded.config, loaded.model, loaded.vae, encoder)
+    return Port(folder.config, model, vae, encoder)
 
 
 def channels_first(x: Any) -> np.ndarray:

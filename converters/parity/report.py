@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +82,6 @@ def write_report(report: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
             json.dump(report, file, indent=1, allow_nan=True)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError as error:
         raise LoomError(f"cannot write the report {path}: {error.strerror}") from error

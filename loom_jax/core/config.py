@@ -1,6 +1,6 @@
 """Frozen dataclasses that describe the networks, and their strict translation from and to plain mappings.
 
-Every size that a network needs stands here; the converters read it from a checkpoint, recipes in `configs/` spell it out.
+Every size that a network needs stands here: the converters read it from a checkpoint, recipes spell it out.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs of channels")
         if self.hidden_size % 4:
-            raise ConfigError(f"hidden_size={self.hidden_size} is not a multiple of 4, which the 2-D position tables need")
+            raise ConfigError(f"hidden_size={self.hidden_size} is not a multiple of 4, as 2-D position tables need it")
 
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """The SigLIP NaViT encoder. `num_layers` counts the layers that exist; `num_positions` the rows of its learned table."""
+    """The SigLIP NaViT encoder. `num_layers` counts the layers that exist, `num_positions` rows of its learned table."""
 
     hidden_size: int
     intermediate_size: int
@@ -56,7 +56,9 @@ class SiglipConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ConfigError(f"hidden_size={self.hidden_size} of the ViT is not a multiple of num_heads={self.num_heads}")
+            raise ConfigError(
+                f"the ViT's hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
+            )
 
     @property
     def patch_dim(self) -> int:
@@ -100,7 +102,7 @@ class LoomConfig:
         if self.vit.num_positions != self.vit_max_num_patch_per_side**2:
             raise ConfigError(
                 f"the ViT has {self.vit.num_positions} learned positions, but vit_max_num_patch_per_side="
-                f"{self.vit_max_num_patch_per_side} needs {self.vit_max_num_patch_per_side**2}: both index the same grid"
+                f"{self.vit_max_num_patch_per_side} needs {self.vit_max_num_patch_per_side**2}: both are of one grid"
             )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loom_jax.core import InputError
+from loom_jax.core import InputError, LoomConfig
 from loom_jax.document import (
     NO_TOKEN,
     NOISE,
@@ -18,6 +18,7 @@ from loom_jax.document import (
     ImageTokens,
     TokenLayout,
     grid_position_ids,
+    interpolated_position_ids,
     patchify,
 )
 
@@ -87,6 +88,25 @@ class Tables:
     max_latent_size: int
     vit_side: int
     patch_size: int
+    interpolate: bool = False
+    """Stretches every grid over the whole table, instead of laying it into the corner."""
+
+    @classmethod
+    def of(cls, config: LoomConfig) -> Tables:
+        """Returns the tables of a model."""
+        side, patch = config.vit_max_num_patch_per_side, config.vit.patch_size
+        return cls(config.max_latent_size, side, patch, config.interpolate_pos)
+
+    def latent_positions(self, grid: tuple[int, int]) -> np.ndarray:
+        """Returns the row of the latent table of each cell of a grid; raises InputError where it does not fit."""
+        return self._positions(grid, self.max_latent_size)
+
+    def vit_positions(self, grid: tuple[int, int]) -> np.ndarray:
+        """Returns the row of the ViT's tables of each cell of a grid; raises InputError where it does not fit."""
+        return self._positions(grid, self.vit_side)
+
+    def _positions(self, grid: tuple[int, int], side: int) -> np.ndarray:
+        return interpolated_position_ids(grid, side) if self.interpolate else grid_position_ids(grid, side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +189,7 @@ class _Row:
         self.gen.append([a[gen] for a in (*tokens, latent_position, noise_split, image, layout.cell)])
 
     def _image_indices(self, document: Packable) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers the ViT tokens through the pool, adds their patches to it, and finds the rows of the position tables."""
+        """Numbers the ViT tokens through the pool, adds their patches to it, and finds the rows of position tables."""
         layout = document.layout
         vit_index = np.full(len(layout), NO_TOKEN, np.int32)
         latent_position = np.zeros(len(layout), np.int32)
@@ -178,14 +198,14 @@ class _Row:
                 continue
             own = (layout.segment == index) & (layout.cell != NO_TOKEN)
             if segment.role != "vit":
-                latent_position[own] = grid_position_ids(segment.grid, self.tables.max_latent_size)
+                latent_position[own] = self.tables.latent_positions(segment.grid)
                 continue
             count = segment.grid[0] * segment.grid[1]
             vit_index[own] = np.arange(self.num_patches, self.num_patches + count)
             self.vit.append(
                 [
                     _patches(segment, self.tables.patch_size),
-                    grid_position_ids(segment.grid, self.tables.vit_side).astype(np.int32),
+                    self.tables.vit_positions(segment.grid),
                     np.full(count, self.num_vit, np.int32),
                 ]
             )

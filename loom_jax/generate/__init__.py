@@ -4,7 +4,7 @@ from loom_jax.generate.buckets import bucket, canvas_side
 from loom_jax.generate.context import Context, empty_context, extend_context, start_context, take_rows
 from loom_jax.generate.denoise import branch_velocity, denoise, guided_velocity
 from loom_jax.generate.engine import Denoising, Engine
-from loom_jax.generate.generator import Generator, Source, branch_segments
+from loom_jax.generate.generator import Generator, Source, branch_segments, make_guidance
 from loom_jax.generate.guidance import Guidance, RenormType, guidance_is_active, guide
 from loom_jax.generate.noise import NoiseSource, SeededNoise
 from loom_jax.generate.requests import (
@@ -48,6 +48,7 @@ __all__ = [
     "guide",
     "guided_velocity",
     "keep_top_p",
+    "make_guidance",
     "start_context",
     "take_rows",
 ]

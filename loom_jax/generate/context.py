@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from loom_jax.core import DecoderConfig
 from loom_jax.data import Streams
@@ -36,7 +37,7 @@ class Context(NamedTuple):
         return self.layout.document.shape[1]
 
 
-def empty_context(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Context:
+def empty_context(config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLike) -> Context:
     """Returns a context of `batch` rows that holds nothing yet."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     zeros = jnp.zeros((batch, capacity), jnp.int32)

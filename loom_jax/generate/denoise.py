@@ -1,4 +1,4 @@
-"""Denoising: one compiled Euler loop over a schedule, and the velocity that it integrates (spec section 11, sampler)."""
+"""Denoising: one compiled Euler loop over a schedule, and the velocity that it integrates (spec section 11)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def guided_velocity(
     renorm: RenormType,
     attend: Attend = auto_attention,
 ) -> Velocity:
-    """Returns the guided velocity of B requests whose `branches` contexts lie one after the other: cond, no-text, no-image.
+    """Returns the guided velocity of B requests; their contexts lie branch after branch: cond, no-text, no-image.
 
     `contexts` and `streams` have branches * B rows. All branches of a step run as one batched forward; at times outside
     the guidance interval only the conditional rows run.

@@ -49,7 +49,7 @@ class Engine:
         vocabulary: int,
         attend: Attend = auto_attention,
     ):
-        self.config = model.config
+        self.config, self.dtype = model.config, model.dtype
         graphdef, self._params = nnx.split(model)
         vae_graphdef, self._vae_params = nnx.split(vae)
 
@@ -71,9 +71,7 @@ class Engine:
             params: Any, work: Denoising, x: Any, first: Any, last: Any, branches: int, renorm: RenormType
         ) -> Any:
             model = nnx.merge(graphdef, params)
-            velocity = guided_velocity(
-                model, work.contexts, work.streams, work.guidance, branches, renorm, attend
-            )
+            velocity = guided_velocity(model, work.contexts, work.streams, work.guidance, branches, renorm, attend)
             return denoise(velocity, x, work.schedule, first, last)
 
         def encode(params: Any, pixels: Any, sizes: Any, noise: Any) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image as PILImage
 
@@ -13,15 +13,16 @@ from loom_jax.core import InputError, LoomConfig
 from loom_jax.data import Batch, Budget, Packable, Tables, pack, total_need
 from loom_jax.document import (
     NO_TOKEN,
+    THINK_THEN_ANSWER,
+    THINK_THEN_DRAW,
     EncodedSegment,
     Encoder,
-    THINK_THEN_DRAW,
     ImageTokens,
     LayoutState,
+    Role,
     Segment,
     Text,
     TextTokens,
-    THINK_THEN_ANSWER,
     lay_out,
     pack_latent,
     unpack_latent,
@@ -86,13 +87,13 @@ class Generator:
     def __init__(self, config: LoomConfig, engine: Engine, encoder: Encoder, noise: NoiseSource | None = None):
         self.config, self.engine, self.encoder = config, engine, encoder
         self.noise: NoiseSource = SeededNoise() if noise is None else noise
-        self._tables = Tables(config.max_latent_size, config.vit_max_num_patch_per_side, config.vit.patch_size)
+        self._tables = Tables.of(config)
 
     def generate(
         self,
         requests: Sequence[Request],
         image_settings: ImageSettings | None = None,
-        text_settings: TextSettings = TextSettings(),
+        text_settings: TextSettings | None = None,
         on_step: OnStep | None = None,
     ) -> list[Result]:
         """Answers all requests, in their order; each result is what the request would give alone.
@@ -100,12 +101,13 @@ class Generator:
         Args:
           requests: any mix of tasks, lengths and sizes.
           image_settings: for pictures; by default those of each request's task.
-          text_settings: for answers and thoughts.
+          text_settings: for answers and thoughts; greedy by default.
           on_step: hears of denoising progress as (steps done, steps in all).
 
         Raises:
           InputError: a request cannot be met; nothing was generated.
         """
+        text_settings = text_settings or TextSettings()
         sources = [self.read_request(request) for request in requests]
         results: dict[int, Result] = {}
         texts = [i for i, request in enumerate(requests) if request.task == "understand"]
@@ -130,10 +132,10 @@ class Generator:
             if isinstance(item, str):
                 segments.append(Text(item))
             else:
-                roles = ("vit",) if understand else ("clean", "vit")
+                roles: tuple[Role, ...] = ("vit",) if understand else ("clean", "vit")
                 segments.extend(self.encoder.condition_pictures(item, roles))
         encoded = self.encoder.encode(segments)
-        latents = []
+        latents: list[np.ndarray] = []
         for segment in encoded:
             if isinstance(segment, ImageTokens) and segment.role == "clean":
                 latents.append(self._latent_tokens(segment, request.seed, len(latents)))
@@ -148,7 +150,9 @@ class Generator:
             rows, columns = grids[-1] if grids else (side, side)
             size = rows * stride, columns * stride
         if any(side <= 0 or side % stride for side in size):
-            raise InputError(f"size {size[0]} x {size[1]} (height x width): both must be positive multiples of {stride}")
+            raise InputError(
+                f"size {size[0]} x {size[1]} (height x width): both must be positive multiples of {stride}"
+            )
         if max(size) > limit * stride:
             raise InputError(
                 f"size {size[0]} x {size[1]} (height x width): this model draws at most {limit * stride} pixels a side"
@@ -207,8 +211,8 @@ class Generator:
             return []
         buffer = bucket(settings.max_new_tokens)
         read = self.read([s.segments for s in sources], [s.latents for s in sources], room=buffer + 1)
-        keys = jax.numpy.stack([make_key(s.request.seed, Purpose.TEXT_SAMPLING) for s in sources])
-        controls = TextControls(np.float32(settings.temperature), np.float32(settings.top_p))
+        keys = jnp.stack([make_key(s.request.seed, Purpose.TEXT_SAMPLING) for s in sources])
+        controls = TextControls(jnp.float32(settings.temperature), jnp.float32(settings.top_p))
         decoded = self.engine.decode_text(read.context, keys, controls, settings.max_new_tokens, buffer)
         tokens, finished = np.asarray(decoded.tokens), np.asarray(decoded.finished)
         return [
@@ -256,7 +260,8 @@ class Generator:
         noise = np.zeros((len(sources), batch.latents.cell.shape[1], self.config.latent_dim), np.float32)
         for row, (source, count) in enumerate(zip(sources, cells, strict=True)):
             noise[row, :count] = self.noise.initial(source.request.seed, count, self.config.latent_dim)
-        work = Denoising(read.context, batch.streams, self._guidance(sources, settings), _padded_schedule(settings))
+        schedule = jnp.asarray(_padded_schedule(settings))
+        work = Denoising(read.context, batch.streams, self._guidance(sources, settings), schedule)
         final = self.engine.denoise(
             work, noise, settings.num_timesteps - 1, branches, settings.cfg_renorm_type, on_step
         )
@@ -282,13 +287,7 @@ class Generator:
 
     def _guidance(self, sources: Sequence[Source], settings: ImageSettings) -> Guidance:
         image_scale = [settings.cfg_img_scale if source.latents else 1.0 for source in sources]
-        return Guidance(
-            text_scale=np.full(len(sources), settings.cfg_text_scale, np.float32),
-            image_scale=np.asarray(image_scale, np.float32),
-            start=np.float32(settings.cfg_interval[0]),
-            end=np.float32(settings.cfg_interval[1]),
-            renorm_min=np.float32(settings.cfg_renorm_min),
-        )
+        return make_guidance(settings, image_scale)
 
     def picture(self, tokens: np.ndarray, size: tuple[int, int]) -> PILImage.Image:
         """Returns the picture of (height, width) `size` that latent tokens [cells, C] hold."""
@@ -296,6 +295,17 @@ class Generator:
         grid = size[0] // stride, size[1] // stride
         latents = unpack_latent(tokens, grid, self.config.latent_patch_size)
         return PILImage.fromarray(self.engine.decode_image(latents))
+
+
+def make_guidance(settings: ImageSettings, image_scales: Sequence[float]) -> Guidance:
+    """Returns the guidance of a batch; the image scale row by row, since a row without pictures has none."""
+    return Guidance(
+        text_scale=jnp.full(len(image_scales), settings.cfg_text_scale, jnp.float32),
+        image_scale=jnp.asarray(image_scales, jnp.float32),
+        start=jnp.float32(settings.cfg_interval[0]),
+        end=jnp.float32(settings.cfg_interval[1]),
+        renorm_min=jnp.float32(settings.cfg_renorm_min),
+    )
 
 
 def _padded_schedule(settings: ImageSettings) -> np.ndarray:

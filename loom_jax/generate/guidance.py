@@ -11,7 +11,7 @@ RenormType = Literal["global", "channel", "text_channel"]
 
 
 class Guidance(NamedTuple):
-    """Scales, float32 [B], and the interval in which guidance acts, float32 scalars. All may change without compiling."""
+    """Scales, float32 [B], and the interval in which guidance acts, float32 scalars. All may change freely."""
 
     text_scale: jax.Array
     image_scale: jax.Array
@@ -43,10 +43,9 @@ def guide(
     """
     text_scale, image_scale = (s[:, None, None] for s in (guidance.text_scale, guidance.image_scale))
     by_text = no_text + text_scale * (cond - no_text)
+    guided = by_text
     if renorm == "text_channel":
         guided = _rescale(by_text, cond, guidance.renorm_min, held, per_token=True)
-    else:
-        guided = by_text
     if no_image is not None:
         by_image = no_image + image_scale * (guided - no_image)
         guided = jnp.where(image_scale > 1, by_image, guided)

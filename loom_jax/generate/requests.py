@@ -73,9 +73,7 @@ class ImageSettings:
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise InputError(f"cfg_interval={self.cfg_interval}: the first bound must not exceed the second")
         if self.cfg_renorm_type not in ("global", "channel", "text_channel"):
-            raise InputError(
-                f"cfg_renorm_type={self.cfg_renorm_type!r}: must be one of global, channel, text_channel"
-            )
+            raise InputError(f"cfg_renorm_type={self.cfg_renorm_type!r}: must be one of global, channel, text_channel")
 
 
 @dataclasses.dataclass(frozen=True)

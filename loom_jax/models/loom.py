@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from loom_jax.core import LoomConfig
 from loom_jax.data import Streams
@@ -19,7 +20,7 @@ from loom_jax.nn import Attend, PositionTable, TimestepEmbedder, dense_attention
 class Connector(nnx.Module):
     """ViT features [B, V, Dv] -> decoder width [B, V, D]: Linear, gelu (tanh), Linear."""
 
-    def __init__(self, vit_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(self, vit_width: int, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.fc1 = nnx.Linear(vit_width, width, **options)
         self.fc2 = nnx.Linear(width, width, **options)
@@ -43,8 +44,8 @@ class LoomModel(nnx.Module):
         config: LoomConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width = config.decoder.hidden_size

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from loom_jax.core import DecoderConfig
 from loom_jax.document import TokenLayout
@@ -52,7 +53,7 @@ class Decoded(NamedTuple):
 class Expert(nnx.Module):
     """One parameter set of a layer. Projections keep heads apart: kernels [D, H, A] and [H, A, D]."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, head = config.hidden_size, config.head_dim
         norm = {"epsilon": config.rms_norm_eps, **options}
@@ -83,7 +84,7 @@ class Expert(nnx.Module):
 class MoTLayer(nnx.Module):
     """One decoder layer: each stream through its own expert, all tokens in one attention."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         self.und = Expert(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.gen = Expert(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
@@ -137,7 +138,7 @@ class MoTLayer(nnx.Module):
 class FinalNorms(nnx.Module):
     """The norm after the last layer, one for each stream."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         options: dict[str, Any] = {"epsilon": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
         self.und = nnx.RMSNorm(config.hidden_size, rngs=rngs, **options)
         self.gen = nnx.RMSNorm(config.hidden_size, rngs=rngs, **options)
@@ -146,7 +147,7 @@ class FinalNorms(nnx.Module):
 class Decoder(nnx.Module):
     """All layers, stacked and scanned, and the final norms."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         self.config = config
         self.layers = stack_layers(
             lambda r: MoTLayer(config, rngs=r, dtype=dtype, param_dtype=param_dtype), config.num_layers, rngs
@@ -168,10 +169,8 @@ class Decoder(nnx.Module):
         return_layers: bool = False,
     ) -> Decoded:
         """und [B, U, D], gen [B, G, D] -> hidden states; see Decoded. Layouts [B, U] and [B, G]."""
-        ropes = tuple(
-            rope_tables(layout.position, self.config.head_dim, self.config.rope_theta)
-            for layout in (und_layout, gen_layout)
-        )
+        head_dim, theta = self.config.head_dim, self.config.rope_theta
+        ropes = (rope_tables(und_layout.position, head_dim, theta), rope_tables(gen_layout.position, head_dim, theta))
         layout = concatenate_layouts(und_layout, gen_layout)
 
         def apply(layer: MoTLayer, streams: Any, layer_kv: KeysValues | None) -> tuple[Any, Any]:

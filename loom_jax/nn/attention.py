@@ -1,8 +1,8 @@
 """Attention backends: `attend(q, k, v, q_layout, k_layout)`. Who may see whom comes from the layout alone.
 
-All backends take q [B, Q, H, A], k and v [B, N, K, A] with H a multiple of K (query head j uses key head j // (H/K)), and
-layouts [B, Q] and [B, N]; they return [B, Q, H, A]. Tokens of padding documents get finite output and gradients, and
-nobody sees them. Logits and softmax are float32.
+All backends take q [B, Q, H, A], k and v [B, N, K, A] with H a multiple of K (query head j uses key head j // (H/K)),
+and layouts [B, Q] and [B, N]; they return [B, Q, H, A]. Tokens of padding documents get finite output and gradients,
+and nobody sees them. Logits and softmax are float32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from loom_jax.document import PADDING, TokenLayout, may_attend
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, TokenLayout, TokenLayout], jax.Array]
+
+_Online = tuple[jax.Array, jax.Array, jax.Array]
+"""What the online softmax carries: the highest logit so far, the sum of weights, the weighted sum of values."""
 
 _MASKED = -1e30
 """Logit of a forbidden pair: finite, so that rows without any key stay finite."""
@@ -98,11 +101,11 @@ def _blockwise_forward(
         qb, ql = block
         batch, length, groups, rep, width = qb.shape
 
-        def step(carry: tuple[jax.Array, ...], key_block: tuple[Any, ...]) -> tuple[tuple[jax.Array, ...], None]:
+        def step(carry: _Online, key_block: tuple[Any, ...]) -> tuple[_Online, None]:
             kb, vb, kl = key_block
             mask = may_attend(ql, kl)
 
-            def attend(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def attend(carry: _Online) -> _Online:
                 peak, total, out = carry
                 logits = _logits(qb, kb, mask)
                 new_peak = jnp.maximum(peak, logits.max(-1))
@@ -172,9 +175,7 @@ _DENSE_LIMIT = 2048 * 2048
 """Most (query, key) pairs of a row that are still computed at once: 16 MiB of float32 logits a head."""
 
 
-def auto_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout
-) -> jax.Array:
+def auto_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout) -> jax.Array:
     """Dense for few pairs of tokens (short packs, or one new token over a long context), blockwise beyond."""
     attend = dense_attention if q.shape[1] * k.shape[1] <= _DENSE_LIMIT else blockwise_attention
     return attend(q, k, v, q_layout, k_layout)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 SINUSOID_WIDTH = 256
 """Width of the timestep sinusoid before its projection."""
@@ -36,7 +37,7 @@ def timestep_sinusoid(t: jax.Array, width: int = SINUSOID_WIDTH) -> jax.Array:
 class TimestepEmbedder(nnx.Module):
     """Timestep [...] -> [..., D]: sinusoid, Linear, silu, Linear."""
 
-    def __init__(self, hidden_size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(self, hidden_size: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.fc1 = nnx.Linear(SINUSOID_WIDTH, hidden_size, **options)
         self.fc2 = nnx.Linear(hidden_size, hidden_size, **options)
@@ -48,7 +49,7 @@ class TimestepEmbedder(nnx.Module):
 class PositionTable(nnx.Module):
     """A fixed 2-D sine/cosine table that travels with the weights: ids [...] -> [..., D]. Never trained."""
 
-    def __init__(self, side: int, dim: int, *, param_dtype: jnp.dtype):
+    def __init__(self, side: int, dim: int, *, param_dtype: DTypeLike):
         self.table = nnx.Param(jnp.asarray(sincos_2d_table(dim, side), param_dtype))
 
     def __call__(self, ids: jax.Array) -> jax.Array:

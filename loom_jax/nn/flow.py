@@ -1,9 +1,8 @@
-"""Rectified flow: timesteps, the straight path from data (t = 0) to noise (t = 1), and its velocity (spec section 7)."""
+"""Rectified flow: timesteps, the straight path from data (t = 0) to noise (t = 1), and its velocity (spec 7)."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loom_jax.data import Targets
+from loom_jax.data import Streams, Targets
 from loom_jax.document import NO_TOKEN
 from loom_jax.models import Constrain, LoomModel, unconstrained
 from loom_jax.models.mot import Decoded
 from loom_jax.nn import Attend, auto_attention, interpolate, velocity_target
-from loom_jax.data import Streams
 
 
 class LossSums(NamedTuple):
@@ -59,9 +58,7 @@ def training_forward(
     )
 
 
-def loss_sums(
-    model: LoomModel, decoded: Decoded, targets: Targets, clean: jax.Array, noise: jax.Array
-) -> LossSums:
+def loss_sums(model: LoomModel, decoded: Decoded, targets: Targets, clean: jax.Array, noise: jax.Array) -> LossSums:
     """Returns the loss sums of a batch from its hidden states."""
     ce = cross_entropy(model.logits(decoded.und), targets.labels)
     noisy = targets.noise_split != NO_TOKEN

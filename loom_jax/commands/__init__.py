@@ -1,0 +1,1 @@
+"""The commands behind `loom`, one file each. They parse and print; `--help` imports nothing heavy."""

@@ -1,0 +1,183 @@
+"""`loom generate`: pictures from text, edits of pictures, answers about pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loom_jax.core import ArgumentParser, InputError
+
+if TYPE_CHECKING:
+    from loom_jax.generate import Generator, ImageSettings, Request, Result
+
+NAME = "loom generate"
+TASKS = ("image", "edit", "understand")
+EPILOG = """examples:
+  loom generate --checkpoint bagel_7b --prompt "A small boat on a quiet lake" --out out/boat
+  loom generate --checkpoint bagel_7b --task edit --image cat.png --prompt "Make it a dog" --seed 7 --out out/dog
+  loom generate --checkpoint bagel_7b --task understand --image cat.png --prompt "What is this?" --think --out out/what
+"""
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog=NAME, description="Generate pictures or text with a converted model.", epilog=EPILOG)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder made by `loom convert to-orbax`")
+    add("--prompt", required=True, help="what to make, or to answer")
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help="input picture; may be repeated")
+    add("--task", choices=TASKS, help="by default: edit where pictures are given, else image")
+    add("--think", action="store_true", help="let the model write down its thoughts first")
+    add("--out", type=Path, default=Path("out/generate"), metavar="DIR", help="where results go [out/generate]")
+    add("--num-images", type=int, default=1, metavar="N", help="pictures to make, with seeds SEED, SEED+1, ... [1]")
+    add("--seed", type=int, default=0, help="of all randomness [0]")
+    add("--height", type=int, help="of the picture, in pixels; by default that of the last input picture, or 1024")
+    add("--width", type=int, help="likewise")
+    add("--steps", type=int, metavar="N", help="points of the schedule: N-1 evaluations [50]")
+    add("--timestep-shift", type=float, metavar="S", help="more than 1 spends more steps near noise [3]")
+    add("--cfg-text-scale", type=float, metavar="A", help="guidance by text; 1 turns all guidance off [4]")
+    add("--cfg-img-scale", type=float, metavar="B", help="guidance by the input pictures [2 for edit]")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide while LO < t <= HI [0.4 1; edit 0 1]")
+    add("--cfg-renorm", choices=("global", "channel", "text_channel"), help="[global; edit text_channel]")
+    add("--cfg-renorm-min", type=float, metavar="M", help="least factor of the renormalisation [0]")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer or thought [512]")
+    add("--temperature", type=float, default=0.0, help="of text; 0 takes the most likely token [0]")
+    add("--top-p", type=float, default=1.0, help="draw text from the likeliest tokens that add up to this [1]")
+    add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
+    add("--attention", default="auto", help="attention backend: auto, dense or blockwise [auto]")
+    add("--sharding", default="single", metavar="PRESET", help="how weights lie on the devices [single]")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command.
+
+    Raises:
+      InputError: bad usage or bad input; nothing was written.
+    """
+    args = _parser().parse_args(argv)
+    if args.num_images < 1:
+        raise InputError(f"--num-images {args.num_images}: must be at least 1")
+    requests = read_requests(args)
+    settings = read_settings(args, requests[0].task)
+    from loom_jax import api
+
+    text = api.TextSettings(args.max_new_tokens, args.temperature, args.top_p)
+    started = time.perf_counter()
+    generator = api.load(args.checkpoint, preset=args.sharding, dtype=args.dtype, attention=args.attention)
+    loaded = time.perf_counter()
+    with _progress(requests[0].task) as on_step:
+        results = generator.generate(requests, settings, text, on_step)
+    timings = {"load_seconds": loaded - started, "generate_seconds": time.perf_counter() - loaded}
+    for path in write_results(args.out, results, record(args, generator, settings, timings)):
+        print(path)
+    return 0
+
+
+def read_requests(args: argparse.Namespace) -> list[Request]:
+    """Returns one request for each picture to make; pictures stand before the prompt, in the order given."""
+    from loom_jax.document import open_image
+    from loom_jax.generate import Request
+
+    if (args.height is None) != (args.width is None):
+        raise InputError("--height and --width go together: give both or neither")
+    size = None if args.height is None else (args.height, args.width)
+    task = args.task or ("edit" if args.image else "image")
+    items = (*(open_image(path) for path in args.image), args.prompt)
+    seeds = range(args.seed, args.seed + args.num_images)
+    return [Request(items, task, args.think, size, seed) for seed in seeds]
+
+
+def read_settings(args: argparse.Namespace, task: Any) -> ImageSettings:
+    """Returns the task's settings with those that were given."""
+    from loom_jax.generate import TASK_SETTINGS
+
+    given = {
+        "num_timesteps": args.steps,
+        "timestep_shift": args.timestep_shift,
+        "cfg_text_scale": args.cfg_text_scale,
+        "cfg_img_scale": args.cfg_img_scale,
+        "cfg_interval": None if args.cfg_interval is None else tuple(args.cfg_interval),
+        "cfg_renorm_type": args.cfg_renorm,
+        "cfg_renorm_min": args.cfg_renorm_min,
+    }
+    return dataclasses.replace(TASK_SETTINGS[task], **{k: v for k, v in given.items() if v is not None})
+
+
+def record(
+    args: argparse.Namespace, generator: Generator, settings: ImageSettings, timings: dict[str, float]
+) -> dict[str, Any]:
+    """Returns what result.json says of a run: everything that is needed to make the same again."""
+    import jax
+
+    import loom_jax
+
+    return {
+        "loom_jax": loom_jax.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "checkpoint": str(args.checkpoint),
+        "prompt": args.prompt,
+        "images": [str(path) for path in args.image],
+        "image_settings": dataclasses.asdict(settings),
+        "text_settings": {
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+        },
+        "dtype": args.dtype or str(generator.engine.dtype),
+        "attention": args.attention,
+        "timings": timings,
+        "compilations": generator.engine.compilations(),
+    }
+
+
+def write_results(out: Path, results: Sequence[Result], run: dict[str, Any]) -> list[Path]:
+    """Writes pictures, texts and result.json into `out`; returns their paths.
+
+    Raises:
+      InputError: `out` cannot be written to.
+    """
+    paths, entries = [], []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, result in enumerate(results):
+            request = result.request
+            entry: dict[str, Any] = {"task": request.task, "think": request.think, "seed": request.seed}
+            if result.image is not None:
+                path = out / f"image_{number}.png"
+                result.image.save(path)
+                paths.append(path)
+                entry |= {"image": path.name, "height": result.image.height, "width": result.image.width}
+            if result.text is not None:
+                path = out / f"text_{number}.txt"
+                path.write_text(result.text + "\n", encoding="utf-8")
+                paths.append(path)
+                entry |= {"text": result.text}
+            if result.thought is not None:
+                entry["thought"] = result.thought
+            entries.append({**entry, "text_finished": result.finished})
+        path = out / "result.json"
+        path.write_text(json.dumps({**run, "results": entries}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written to ({error.strerror}): choose another folder") from error
+    return [*paths, path]
+
+
+@contextmanager
+def _progress(task: str) -> Iterator[Any]:
+    """Shows a bar of denoising steps on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    shown = task != "understand" and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        denoising = bar.add_task("denoising", total=None)
+        yield (lambda done, of: bar.update(denoising, completed=done, total=of)) if shown else None
