@@ -15,7 +15,7 @@ from tests.sources import ROOT, tracked
 # From top to bottom: a module imports from its own folder and from those below. The table of the design, section 3.
 ORDER = [
     ["loom_jax.launch"],
-    ["loom_jax.cli", "loom_jax.demo"],
+    ["loom_jax.cli", "loom_jax.commands"],
     ["loom_jax.api"],
     ["loom_jax.converters"],
     ["loom_jax.evaluate"],

@@ -83,12 +83,12 @@ def main(argv: list[str]) -> int:
 def read_requests(args: argparse.Namespace) -> list[Request]:
     """Returns one request for each picture to make; pictures stand before the prompt, in the order given."""
     from loom_jax.document import open_image
-    from loom_jax.generate import Request
+    from loom_jax.generate import Request, Task
 
     if (args.height is None) != (args.width is None):
         raise InputError("--height and --width go together: give both or neither")
     size = None if args.height is None else (args.height, args.width)
-    task = args.task or ("edit" if args.image else "image")
+    task: Task = args.task or ("edit" if args.image else "image")
     items = (*(open_image(path) for path in args.image), args.prompt)
     seeds = range(args.seed, args.seed + args.num_images)
     return [Request(items, task, args.think, size, seed) for seed in seeds]
@@ -131,7 +131,7 @@ def record(
             "temperature": args.temperature,
             "top_p": args.top_p,
         },
-        "dtype": args.dtype or str(generator.engine.dtype),
+        "dtype": args.dtype or jax.numpy.dtype(generator.engine.dtype).name,
         "attention": args.attention,
         "timings": timings,
         "compilations": generator.engine.compilations(),

@@ -44,7 +44,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """The SigLIP NaViT encoder. `num_layers` counts the layers that exist, `num_positions` rows of its learned table."""
+    """The SigLIP NaViT encoder. `num_layers` counts existing layers, `num_positions` rows of its learned table."""
 
     hidden_size: int
     intermediate_size: int
