@@ -447,3 +447,21 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     assert "Traceback" not in failed.stderr and not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="--dtype"):
         main(["to-orbax", str(CKPT), str(tmp_path / "x"), "--dtype", "int8"])
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "conversion.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--smoke",
+        "--workdir",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "report.json"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["within_limit"] and report["identical"]
+    assert all(report["steps"][name]["peak_anonymous"] > 0 for name in ("to-orbax", "from-orbax"))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

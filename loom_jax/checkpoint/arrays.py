@@ -77,12 +77,17 @@ class ParamWriter:
     """Writes one Orbax checkpoint in several parts; it appears at `path` when the `with` block ends without an error.
 
     In a job of several processes all of them make the same calls.
+
+    Raises:
+      CheckpointError: on entry, where there is something at `path`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
 
     def __enter__(self) -> Self:
+        if self.path.exists():
+            raise CheckpointError(f"{self.path} is already there: choose another name, or remove it")
         if jax.process_index() == 0:  # what a killed save left behind
             shutil.rmtree(self.path.with_name(f"{self.path.name}.partial_save"), ignore_errors=True)
         return self
@@ -165,17 +170,37 @@ def _on_disk(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _parts(params: Mapping[str, Any]) -> Iterator[tuple[int | None, list[str]]]:
-    """Yields (layer, paths) in the order in which they are read and written: modules without layers, then layers."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Parameters that are read or written together: one layer of a stack, or a module without layers."""
+
+    layer: int | None
+    paths: tuple[str, ...]
+
+    def on_disk(self, path: str) -> str:
+        """Path on disk of one of its parameters."""
+        return path if self.layer is None else _layer_path(path, self.layer)
+
+
+def _batches(params: Mapping[str, Any]) -> Iterator[list[_Part]]:
+    """Yields parts, several at a time where they are small: every call into Orbax costs some 50 ms."""
     groups: dict[str, list[str]] = {}
     for path in params:
         groups.setdefault(path.split(f"{STACKED}/")[0] if _is_stacked(path) else path.split("/")[0], []).append(path)
+    batch: list[_Part] = []
+    total = 0
     for paths in groups.values():
-        if not _is_stacked(paths[0]):
-            yield None, paths
-            continue
-        for layer in range(params[paths[0]].shape[0]):
-            yield layer, paths
+        leaves = [params[path] for path in paths]
+        stacked = _is_stacked(paths[0])
+        layers = range(leaves[0].shape[0]) if stacked else [None]
+        size = sum(math.prod(leaf.shape[stacked:]) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+        for layer in layers:
+            if batch and total + size > CONCURRENT_BYTES:
+                yield batch
+                batch, total = [], 0
+            batch.append(_Part(layer, tuple(paths)))
+            total += size
+    yield batch
 
 
 def save_params(path: Path, params: Any) -> None:
@@ -185,15 +210,18 @@ def save_params(path: Path, params: Any) -> None:
       params: jax arrays in an nnx.State or nested dicts; below a component `layers` they are stacked [L, ...].
 
     Raises:
-      FileExistsError: there is something at `path`.
+      CheckpointError: there is something at `path`.
     """
     leaves, _ = flatten_params(params)
     with ParamWriter(path) as writer:
-        for layer, paths in _parts(leaves):
-            if layer is None:
-                writer.write({name: leaves[name] for name in paths})
-            else:
-                writer.write({_layer_path(name, layer): leaves[name][layer] for name in paths})
+        for batch in _batches(leaves):
+            writer.write(
+                {
+                    part.on_disk(name): leaves[name] if part.layer is None else leaves[name][part.layer]
+                    for part in batch
+                    for name in part.paths
+                }
+            )
 
 
 def restore_params(path: Path, abstract: Any, shardings: Any = None, *, dtype: Any = None) -> Any:
@@ -215,30 +243,25 @@ def restore_params(path: Path, abstract: Any, shardings: Any = None, *, dtype: A
     leaves, structure = flatten_params(abstract)
     where = dict(zip(leaves, _sharding_leaves(shardings, len(leaves)), strict=True))
     stored = stored_params(path)
-    expected = _on_disk(leaves)
     way_out = "its configuration and its weights belong to different models, or it was not written to its end"
-    check_shapes(str(path), {name: leaf.shape for name, leaf in stored.items()}, expected, way_out)
+    check_shapes(str(path), {name: leaf.shape for name, leaf in stored.items()}, _on_disk(leaves), way_out)
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or _memory_dtype(name, leaf, stored), sharding=where[name])
+        for name, leaf in leaves.items()
+    }
     restored: dict[str, jax.Array] = {}
-    for layer, paths in _parts(leaves):
-        names = {name: name if layer is None else _layer_path(name, layer) for name in paths}
-        types = {name: dtype or _memory_dtype(name, leaves[name], stored) for name in paths}
-        layer_where = {name: where[name] if layer is None else _of_one_layer(where[name]) for name in paths}
-        target = {
-            names[name]: jax.ShapeDtypeStruct(stored[names[name]].shape, types[name], sharding=layer_where[name])
-            for name in paths
-        }
-        largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in target.values())
-        read, _ = flatten_params(_load(path, target, largest))
-        if layer is None:
-            restored |= {name: read[names[name]] for name in paths}
-            continue
-        places = tuple(where[name] for name in paths)
-        if layer == 0:
-            shapes = tuple((tuple(leaves[name].shape), np.dtype(types[name])) for name in paths)
-            restored |= dict(zip(paths, _allocator(shapes, places)(), strict=True))
-        arrays = tuple(read[names[name]] for name in paths)
-        stacked = _inserter(places)(tuple(restored[name] for name in paths), arrays, layer)
-        restored |= dict(zip(paths, stacked, strict=True))
+    for batch in _batches(target):
+        wanted = {part.on_disk(name): _of_layer(target[name], part.layer) for part in batch for name in part.paths}
+        largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in wanted.values())
+        read, _ = flatten_params(_load(path, wanted, largest))
+        for part in batch:
+            arrays = tuple(read.pop(part.on_disk(name)) for name in part.paths)
+            if part.layer is not None:
+                if part.layer == 0:
+                    restored |= zip(part.paths, _allocate(tuple(target[name] for name in part.paths)), strict=True)
+                buffers = tuple(restored[name] for name in part.paths)
+                arrays = _inserter(tuple(where[name] for name in part.paths))(buffers, arrays, part.layer)
+            restored |= zip(part.paths, arrays, strict=True)
     return jax.tree_util.tree_unflatten(structure, [restored[name] for name in leaves])
 
 
@@ -254,17 +277,23 @@ def _memory_dtype(path: str, leaf: Any, stored: Mapping[str, StoredParam]) -> np
     return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, (stored[name].dtype for name in names)))
 
 
-def _of_one_layer(sharding: Sharding) -> Sharding:
-    """The sharding of one layer of a stacked parameter."""
+def _of_layer(leaf: jax.ShapeDtypeStruct, layer: int | None) -> jax.ShapeDtypeStruct:
+    """One layer of a stacked parameter; `leaf` itself where there are no layers."""
+    if layer is None:
+        return leaf
+    sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
-    return sharding
+        sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
 
-@functools.lru_cache
-def _allocator(shapes: tuple[tuple[tuple[int, ...], np.dtype], ...], where: tuple[Sharding, ...]) -> Any:
-    """A compiled function that makes the stacked buffers on their devices."""
-    return jax.jit(lambda: tuple(jnp.zeros(shape, dtype) for shape, dtype in shapes), out_shardings=where)
+def _allocate(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[jax.Array, ...]:
+    """Stacked buffers on their devices."""
+    make = jax.jit(
+        lambda: tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves),
+        out_shardings=tuple(leaf.sharding for leaf in leaves),
+    )
+    return make()
 
 
 @functools.lru_cache
