@@ -61,19 +61,20 @@ class LoomModel(nnx.Module):
         self.lm_head = nnx.Linear(width, config.decoder.vocab_size, use_bias=False, **options)
         self.llm2vae = nnx.Linear(width, config.latent_dim, **options)
 
-    def vit_tokens(self, streams: Streams, attend: Attend = dense_attention) -> jax.Array:
+    def vit_tokens(self, streams: Streams, attend: Attend = dense_attention, remat: str = "none") -> jax.Array:
         """Returns the ViT tokens of each row's pool, [B, V, D]."""
-        features = self.vit(streams.patches, streams.vit_positions, streams.vit_segments, attend=attend)
+        features = self.vit(streams.patches, streams.vit_positions, streams.vit_segments, attend, remat)
         return self.connector(features) + self.vit_pos_embed(streams.vit_positions).astype(self.dtype)
 
-    def embed_und(self, streams: Streams, attend: Attend = dense_attention) -> jax.Array:
+    def embed_und(self, streams: Streams, attend: Attend = dense_attention, remat: str = "none") -> jax.Array:
         """Returns the und stream [B, U, D]: embedding rows, and ViT tokens where the layout has them."""
         text = self.embed_tokens.embedding[...][streams.token_ids].astype(self.dtype)
         if streams.patches.shape[1] == 0:
             return text
         is_vit = (streams.vit_index != NO_TOKEN)[..., None]
         index = jnp.maximum(streams.vit_index, 0)[..., None]
-        return jnp.where(is_vit, jnp.take_along_axis(self.vit_tokens(streams, attend), index, axis=1), text)
+        vit_tokens = self.vit_tokens(streams, attend, remat)
+        return jnp.where(is_vit, jnp.take_along_axis(vit_tokens, index, axis=1), text)
 
     def embed_gen(self, latents: jax.Array, timesteps: jax.Array, latent_positions: jax.Array) -> jax.Array:
         """Returns the gen stream [B, G, D] of latents [B, G, C] at timesteps [B, G] or [B, 1] (0 for clean images)."""
@@ -99,8 +100,9 @@ class LoomModel(nnx.Module):
           streams: layouts, token ids and patches.
           latents: float32 [B, G, C], the flow state of every gen token.
           timesteps: float32 [B, G] or [B, 1] in [0, 1].
+          remat: what the layers of the ViT and the decoder keep for the backward pass, a key of REMAT_POLICIES.
         """
-        und = constrain(self.embed_und(streams, attend), ("batch", "length", "embed"))
+        und = constrain(self.embed_und(streams, attend, remat), ("batch", "length", "embed"))
         gen = constrain(self.embed_gen(latents, timesteps, streams.latent_positions), ("batch", "length", "embed"))
         return self.decoder(
             und,

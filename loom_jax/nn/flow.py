@@ -30,4 +30,5 @@ def denoising_schedule(num_timesteps: int, shift: float) -> np.ndarray:
     """Returns the float32 [num_timesteps] times from 1 to 0: `num_timesteps - 1` steps lie between them."""
     t = np.linspace(1.0, 0.0, num_timesteps, dtype=np.float32)
     shift32 = np.float32(shift)
-    return (shift32 * t / (1 + (shift32 - 1) * t)).astype(np.float32)
+    # Rounding may lift the first time above 1, where no guidance interval would reach it.
+    return np.minimum(shift32 * t / (1 + (shift32 - 1) * t), np.float32(1))

@@ -5,8 +5,17 @@ from loom_jax.train.losses import (
     cross_entropy,
     loss_sums,
     mean_losses,
+    split_timesteps,
     training_forward,
     velocity_error,
 )
 
-__all__ = ["LossSums", "cross_entropy", "loss_sums", "mean_losses", "training_forward", "velocity_error"]
+__all__ = [
+    "LossSums",
+    "cross_entropy",
+    "loss_sums",
+    "mean_losses",
+    "split_timesteps",
+    "training_forward",
+    "velocity_error",
+]

@@ -11,7 +11,7 @@ from loom_jax.data import Streams, Targets
 from loom_jax.document import NO_TOKEN
 from loom_jax.models import Constrain, LoomModel, unconstrained
 from loom_jax.models.mot import Decoded
-from loom_jax.nn import Attend, auto_attention, interpolate, velocity_target
+from loom_jax.nn import Attend, auto_attention, interpolate, training_timesteps, velocity_target
 
 
 class LossSums(NamedTuple):
@@ -37,6 +37,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def velocity_error(prediction: jax.Array, clean: jax.Array, noise: jax.Array, noisy: jax.Array) -> jax.Array:
     """Returns (prediction - (noise - clean))^2, float32 [B, G, C]; 0 at tokens that are not `noisy` [B, G]."""
     return jnp.where(noisy[..., None], (prediction - velocity_target(clean, noise)) ** 2, 0.0)
+
+
+def split_timesteps(model: LoomModel, targets: Targets, normal: jax.Array) -> jax.Array:
+    """Returns the timestep of every gen token, float32 [B, G]: shared by the tokens of a noise split, 0 for clean ones.
+
+    Args:
+      normal: float32 [B, N], a standard normal draw for each noise split of a row; N is at least their number.
+    """
+    split = targets.noise_split
+    drawn = jnp.take_along_axis(normal, jnp.maximum(split, 0), axis=1)
+    return jnp.where(split == NO_TOKEN, 0.0, training_timesteps(drawn, model.config.timestep_shift))
 
 
 def training_forward(
