@@ -21,7 +21,7 @@ REMAT_POLICIES: dict[str, Any] = {
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:
     """Returns one module whose parameters hold `num_layers` independent initialisations along a leading axis L."""
     build = nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
-    return build(rngs.fork(split=num_layers))
+    return build(rngs.split(num_layers))
 
 
 def scan_layers(
