@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from loom_jax.core import LoomConfig
 from loom_jax.data import Streams
 from loom_jax.document import NO_TOKEN
-from loom_jax.models.mot import Constrain, Decoded, Decoder, Past, unconstrained
+from loom_jax.models.mot import Constrain, Decoded, Decoder, Past, detach, unconstrained
 from loom_jax.models.siglip import Siglip
 from loom_jax.nn import Attend, PositionTable, TimestepEmbedder, dense_attention
 
@@ -91,6 +91,7 @@ class LoomModel(nnx.Module):
         attend: Attend = dense_attention,
         constrain: Constrain = unconstrained,
         remat: str = "none",
+        freeze_und: bool = False,
         return_kv: bool = False,
         return_layers: bool = False,
     ) -> Decoded:
@@ -100,9 +101,11 @@ class LoomModel(nnx.Module):
           streams: layouts, token ids and patches.
           latents: float32 [B, G, C], the flow state of every gen token.
           timesteps: float32 [B, G] or [B, 1] in [0, 1].
+          freeze_und: cuts the gradients of all und activations.
           remat: what the layers of the ViT and the decoder keep for the backward pass, a key of REMAT_POLICIES.
         """
-        und = constrain(self.embed_und(streams, attend, remat), ("batch", "length", "embed"))
+        und = detach(self.embed_und(streams, attend, remat), freeze_und)
+        und = constrain(und, ("batch", "length", "embed"))
         gen = constrain(self.embed_gen(latents, timesteps, streams.latent_positions), ("batch", "length", "embed"))
         return self.decoder(
             und,
@@ -113,6 +116,7 @@ class LoomModel(nnx.Module):
             attend=attend,
             constrain=constrain,
             remat=remat,
+            freeze_und=freeze_und,
             return_kv=return_kv,
             return_layers=return_layers,
         )

@@ -50,6 +50,11 @@ class Decoded(NamedTuple):
     layers: tuple[jax.Array, jax.Array] | None
 
 
+def detach(x: Any, und: bool) -> Any:
+    """Cuts the gradient of an und activation where `und` is set: the original's freeze_und (spec section 8)."""
+    return jax.lax.stop_gradient(x) if und else x
+
+
 class Expert(nnx.Module):
     """One parameter set of a layer. Projections keep heads apart: kernels [D, H, A] and [H, A, D]."""
 
@@ -96,9 +101,11 @@ class MoTLayer(nnx.Module):
         past: Past | None = None,
         attend: Attend = dense_attention,
         constrain: Constrain = unconstrained,
+        freeze_und: bool = False,
     ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
         """Joint attention after the output projections: ((und [B, U, D], gen [B, G, D]), keys and values of all)."""
-        parts = zip(self.und.project(streams[0], ropes[0]), self.gen.project(streams[1], ropes[1]), strict=True)
+        und = detach(self.und.project(streams[0], ropes[0]), freeze_und)
+        parts = zip(und, self.gen.project(streams[1], ropes[1]), strict=True)
         q, k, v = (
             constrain(jnp.concatenate(pair, axis=1), ("batch", "length", heads, None))
             for pair, heads in zip(parts, ("heads", "kv_heads", "kv_heads"), strict=True)
@@ -110,8 +117,8 @@ class MoTLayer(nnx.Module):
             k_layout = concatenate_layouts(past.layout, layout)
         attended = attend(q, keys, values, layout, k_layout)
         num_und = streams[0].shape[1]
-        out = self.und.o_proj(attended[:, :num_und]), self.gen.o_proj(attended[:, num_und:])
-        return out, KeysValues(k, v)
+        und_out = detach(self.und.o_proj(attended[:, :num_und]), freeze_und)
+        return (und_out, self.gen.o_proj(attended[:, num_und:])), KeysValues(k, v)
 
     def __call__(
         self,
@@ -121,16 +128,17 @@ class MoTLayer(nnx.Module):
         past: Past | None = None,
         attend: Attend = dense_attention,
         constrain: Constrain = unconstrained,
+        freeze_und: bool = False,
     ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
         """(und [B, U, D], gen [B, G, D]) -> the same after this layer, and the new tokens' keys and values.
 
         `layout` is that of both streams one after the other, `past` this layer's slice of earlier tokens.
         """
-        attended, kv = self.attention(streams, ropes, layout, past, attend, constrain)
+        attended, kv = self.attention(streams, ropes, layout, past, attend, constrain, freeze_und)
         out = []
         for expert, x, a in zip((self.und, self.gen), streams, attended, strict=True):
             x = constrain(x + a, ("batch", "length", "embed"))
-            x = x + expert.mlp(expert.post_attention_norm(x))
+            x = x + detach(expert.mlp(expert.post_attention_norm(x)), freeze_und and expert is self.und)
             out.append(constrain(x, ("batch", "length", "embed")))
         return (out[0], out[1]), kv
 
@@ -165,6 +173,7 @@ class Decoder(nnx.Module):
         attend: Attend = dense_attention,
         constrain: Constrain = unconstrained,
         remat: str = "none",
+        freeze_und: bool = False,
         return_kv: bool = False,
         return_layers: bool = False,
     ) -> Decoded:
@@ -175,13 +184,13 @@ class Decoder(nnx.Module):
 
         def apply(layer: MoTLayer, streams: Any, layer_kv: KeysValues | None) -> tuple[Any, Any]:
             layer_past = None if layer_kv is None or past is None else Past(layer_kv, past.layout)
-            streams, kv = layer(streams, ropes, layout, layer_past, attend, constrain)
+            streams, kv = layer(streams, ropes, layout, layer_past, attend, constrain, freeze_und)
             return streams, (kv if return_kv else None, streams if return_layers else None)
 
         streams, (kv, layers) = scan_layers(
             self.layers, apply, (und, gen), None if past is None else past.kv, remat=remat
         )
-        return Decoded(self.norm.und(streams[0]), self.norm.gen(streams[1]), kv, layers)
+        return Decoded(detach(self.norm.und(streams[0]), freeze_und), self.norm.gen(streams[1]), kv, layers)
 
 
 def concatenate_layouts(first: TokenLayout, second: TokenLayout) -> TokenLayout:
