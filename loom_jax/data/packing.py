@@ -11,7 +11,6 @@ import numpy as np
 from loom_jax.core import InputError, LoomConfig
 from loom_jax.document import (
     NO_TOKEN,
-    NOISE,
     PADDING,
     DocumentLayout,
     EncodedSegment,
@@ -20,6 +19,7 @@ from loom_jax.document import (
     grid_position_ids,
     interpolated_position_ids,
     patchify,
+    unit_range,
 )
 
 
@@ -185,7 +185,7 @@ class _Row:
             [a[und] for a in (*tokens, np.maximum(layout.token_ids, 0), vit_index, layout.labels, layout.label_weights)]
         )
         gen = layout.is_gen
-        noise_split = self._noise_splits(layout)
+        noise_split = self._noise_splits(document)
         self.gen.append([a[gen] for a in (*tokens, latent_position, noise_split, image, layout.cell)])
 
     def _image_indices(self, document: Packable) -> tuple[np.ndarray, np.ndarray]:
@@ -222,11 +222,14 @@ class _Row:
                 self.num_vae += 1
         return image
 
-    def _noise_splits(self, layout: DocumentLayout) -> np.ndarray:
-        """Numbers the noise splits of the row."""
+    def _noise_splits(self, document: Packable) -> np.ndarray:
+        """Numbers the splits of noisy images, by their role: frames of a video are noisy in a split of mode full."""
+        layout = document.layout
         out = np.full(len(layout), NO_TOKEN, np.int32)
-        for split in np.unique(layout.tokens.split[layout.tokens.mode == NOISE]):
-            out[layout.tokens.split == split] = self.num_noisy
+        noisy = [i for i, s in enumerate(document.segments) if isinstance(s, ImageTokens) and s.role == "noisy"]
+        own = np.isin(layout.segment, noisy)
+        for split in np.unique(layout.tokens.split[own]):
+            out[own & (layout.tokens.split == split)] = self.num_noisy
             self.num_noisy += 1
         return out
 
@@ -243,7 +246,7 @@ def _patches(segment: ImageTokens, patch_size: int) -> np.ndarray:
     """Patches of a ViT segment [n, 3PP]; zeros where only the layout is wanted and no pixels were given."""
     if segment.pixels is None:
         return np.zeros((segment.grid[0] * segment.grid[1], 3 * patch_size**2), np.float32)
-    return patchify(segment.pixels, patch_size)
+    return unit_range(patchify(segment.pixels, patch_size))
 
 
 def _fill(
