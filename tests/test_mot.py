@@ -179,7 +179,7 @@ def latents_output(config):
 
 def timesteps_output(config):
     model = nnx.eval_shape(lambda: LoomModel(config, rngs=nnx.Rngs(0)))
-    return split_timesteps(model, two_rows().batch.targets, jnp.ones((2, 4)))
+    return split_timesteps(model.config.timestep_shift, two_rows().batch.targets, jnp.ones((2, 4)))
 
 
 def positions_output(config):

@@ -2,6 +2,7 @@
 
 from loom_jax.models.autoencoder import Autoencoder, to_uint8
 from loom_jax.models.loom import LoomModel
+from loom_jax.models.lora import add_lora, merge_lora
 from loom_jax.models.mot import Constrain, Decoded, Decoder, KeysValues, MoTLayer, Past, unconstrained
 from loom_jax.models.siglip import Siglip
 
@@ -15,6 +16,8 @@ __all__ = [
     "MoTLayer",
     "Past",
     "Siglip",
+    "add_lora",
+    "merge_lora",
     "to_uint8",
     "unconstrained",
 ]

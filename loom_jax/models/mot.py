@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from loom_jax.core import DecoderConfig
 from loom_jax.document import TokenLayout
-from loom_jax.nn import Attend, apply_rope, dense_attention, rope_tables, scan_layers, stack_layers
+from loom_jax.nn import Attend, Projection, apply_rope, dense_attention, rope_tables, scan_layers, stack_layers
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 RopeTables = tuple[jax.Array, jax.Array]
@@ -63,16 +63,16 @@ class Expert(nnx.Module):
         width, head = config.hidden_size, config.head_dim
         norm = {"epsilon": config.rms_norm_eps, **options}
         self.input_norm = nnx.RMSNorm(width, **norm)
-        self.q_proj = nnx.LinearGeneral(width, (config.num_heads, head), **options)
-        self.k_proj = nnx.LinearGeneral(width, (config.num_kv_heads, head), **options)
-        self.v_proj = nnx.LinearGeneral(width, (config.num_kv_heads, head), **options)
-        self.o_proj = nnx.LinearGeneral((config.num_heads, head), width, axis=(-2, -1), use_bias=False, **options)
+        self.q_proj = Projection(width, (config.num_heads, head), **options)
+        self.k_proj = Projection(width, (config.num_kv_heads, head), **options)
+        self.v_proj = Projection(width, (config.num_kv_heads, head), **options)
+        self.o_proj = Projection((config.num_heads, head), width, axis=(-2, -1), use_bias=False, **options)
         self.q_norm = nnx.RMSNorm(head, **norm)
         self.k_norm = nnx.RMSNorm(head, **norm)
         self.post_attention_norm = nnx.RMSNorm(width, **norm)
-        self.gate_proj = nnx.Linear(width, config.intermediate_size, use_bias=False, **options)
-        self.up_proj = nnx.Linear(width, config.intermediate_size, use_bias=False, **options)
-        self.down_proj = nnx.Linear(config.intermediate_size, width, use_bias=False, **options)
+        self.gate_proj = Projection(width, config.intermediate_size, use_bias=False, **options)
+        self.up_proj = Projection(width, config.intermediate_size, use_bias=False, **options)
+        self.down_proj = Projection(config.intermediate_size, width, use_bias=False, **options)
 
     def project(self, x: jax.Array, rope: RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, S, D] -> q [B, S, H, A], k and v [B, S, K, A]; q and k normed per head, then rotated."""

@@ -10,6 +10,7 @@ from loom_jax.nn.flow import (
     velocity_target,
 )
 from loom_jax.nn.keys import Purpose, make_key
+from loom_jax.nn.projection import Projection
 from loom_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
 from loom_jax.nn.stack import REMAT_POLICIES, scan_layers, stack_layers
 
@@ -18,6 +19,7 @@ __all__ = [
     "REMAT_POLICIES",
     "Attend",
     "PositionTable",
+    "Projection",
     "Purpose",
     "TimestepEmbedder",
     "apply_rope",

@@ -16,6 +16,7 @@ class Purpose(enum.IntEnum):
     TEXT_SAMPLING = 3
     TIMESTEP = 4
     FLOW_NOISE = 5
+    ROUNDING = 6
 
 
 def make_key(seed: int | jax.Array, purpose: Purpose, step: int | jax.Array = 0) -> jax.Array:

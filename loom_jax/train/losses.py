@@ -34,12 +34,45 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.where(labels == NO_TOKEN, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
+def vocabulary_chunks(vocab: int, chunk: int) -> int:
+    """Returns the least number of equal parts of a vocabulary that have at most `chunk` columns each."""
+    return next(n for n in range(1, vocab + 1) if vocab % n == 0 and vocab // n <= max(1, chunk))
+
+
+def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
+    """Returns `cross_entropy` of hidden [..., D] @ kernel [D, vocab] with at most `chunk` columns of logits at once.
+
+    The backward pass computes each part's logits anew. Part i of n holds the columns i, i + n, i + 2n, ..., so that
+    every device of a sharded vocabulary has its share of every part.
+    """
+    vocab = kernel.shape[1]
+    parts = vocabulary_chunks(vocab, chunk)
+    if parts == 1:
+        return cross_entropy((hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32), labels)
+    columns = kernel.astype(hidden.dtype).reshape(kernel.shape[0], vocab // parts, parts).transpose(2, 0, 1)
+
+    def step(carry: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+        peak, total, picked = carry
+        number, weights = part
+        logits = (hidden @ weights).astype(jnp.float32)
+        new_peak = jnp.maximum(peak, jax.lax.stop_gradient(logits.max(axis=-1)))
+        total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None]).sum(axis=-1)
+        own = (labels != NO_TOKEN) & (labels % parts == number)
+        value = jnp.take_along_axis(logits, jnp.maximum(labels // parts, 0)[..., None], axis=-1)[..., 0]
+        return (new_peak, total, picked + jnp.where(own, value, 0.0)), None
+
+    zero = jnp.zeros(labels.shape, jnp.float32)
+    start = (zero - jnp.inf, zero, zero)
+    (peak, total, picked), _ = jax.lax.scan(jax.checkpoint(step), start, (jnp.arange(parts), columns))
+    return jnp.where(labels == NO_TOKEN, 0.0, peak + jnp.log(total) - picked)
+
+
 def velocity_error(prediction: jax.Array, clean: jax.Array, noise: jax.Array, noisy: jax.Array) -> jax.Array:
     """Returns (prediction - (noise - clean))^2, float32 [B, G, C]; 0 at tokens that are not `noisy` [B, G]."""
     return jnp.where(noisy[..., None], (prediction - velocity_target(clean, noise)) ** 2, 0.0)
 
 
-def split_timesteps(model: LoomModel, targets: Targets, normal: jax.Array) -> jax.Array:
+def split_timesteps(shift: float, targets: Targets, normal: jax.Array) -> jax.Array:
     """Returns the timestep of every gen token, float32 [B, G]: shared by the tokens of a noise split, 0 for clean ones.
 
     Args:
@@ -47,7 +80,7 @@ def split_timesteps(model: LoomModel, targets: Targets, normal: jax.Array) -> ja
     """
     split = targets.noise_split
     drawn = jnp.take_along_axis(normal, jnp.maximum(split, 0), axis=1)
-    return jnp.where(split == NO_TOKEN, 0.0, training_timesteps(drawn, model.config.timestep_shift))
+    return jnp.where(split == NO_TOKEN, 0.0, training_timesteps(drawn, shift))
 
 
 def training_forward(
@@ -60,18 +93,33 @@ def training_forward(
     attend: Attend = auto_attention,
     constrain: Constrain = unconstrained,
     remat: str = "none",
+    freeze_und: bool = False,
     return_layers: bool = False,
 ) -> Decoded:
     """Runs the model on the flow state of clean latents and noise [B, G, C] at timesteps [B, G] (0 for conditions)."""
     state = interpolate(clean, noise, timesteps)
     return model(
-        streams, state, timesteps, attend=attend, constrain=constrain, remat=remat, return_layers=return_layers
+        streams,
+        state,
+        timesteps,
+        attend=attend,
+        constrain=constrain,
+        remat=remat,
+        freeze_und=freeze_und,
+        return_layers=return_layers,
     )
 
 
-def loss_sums(model: LoomModel, decoded: Decoded, targets: Targets, clean: jax.Array, noise: jax.Array) -> LossSums:
-    """Returns the loss sums of a batch from its hidden states."""
-    ce = cross_entropy(model.logits(decoded.und), targets.labels)
+def loss_sums(
+    model: LoomModel,
+    decoded: Decoded,
+    targets: Targets,
+    clean: jax.Array,
+    noise: jax.Array,
+    vocab_chunk: int = 16384,
+) -> LossSums:
+    """Returns the loss sums of a batch from its hidden states; `vocab_chunk` as in `chunked_cross_entropy`."""
+    ce = chunked_cross_entropy(decoded.und, model.lm_head.kernel[...], targets.labels, vocab_chunk)
     noisy = targets.noise_split != NO_TOKEN
     mse = velocity_error(model.velocity(decoded.gen), clean, noise, noisy)
     return LossSums(

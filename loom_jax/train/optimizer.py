@@ -1,0 +1,94 @@
+"""The optimizer: schedules, AdamW with the original's settings, Adafactor, moments and masters in bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loom_jax.parallel import flatten_params
+from loom_jax.train.config import OptimizerConfig
+
+NO_DECAY = ("scale", "bias", "table", "embedding")
+"""Last names of parameters that never decay: norms, biases, tables."""
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns the schedule of spec section 9. As in the original, cosine rises again beyond `total_steps`."""
+
+    def at(step: Any) -> jax.Array:
+        warm = jnp.minimum(1.0, step / max(1, config.warmup_steps))
+        if config.schedule == "constant":
+            return config.learning_rate * warm
+        least = config.min_learning_rate / config.learning_rate
+        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        falling = jnp.maximum(0.0, (1 - least) * 0.5 * (1 + jnp.cos(jnp.pi * progress)) + least)
+        return config.learning_rate * jnp.where(step < config.warmup_steps, warm, falling)
+
+    return at
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns clipping by global norm, then the optimizer; its updates are added to the parameters."""
+    rate = learning_rate(config, total_steps)
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    if config.name == "adafactor":
+        mask = decay_mask if config.weight_decay else None
+        decay = config.weight_decay or None
+        parts.append(
+            optax.adafactor(rate, weight_decay_rate=decay, weight_decay_mask=mask, multiply_by_parameter_scale=False)
+        )
+    else:
+        adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+        parts.append(keep_state_in(adam, jnp.dtype(config.moment_dtype)))
+        if config.weight_decay:
+            parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+        parts.append(optax.scale_by_learning_rate(rate))
+    return optax.chain(*parts)
+
+
+def decay_mask(params: Any) -> Any:
+    """Returns a tree of bools: True at parameters that may decay, by the last name of their path."""
+    leaves, structure = flatten_params(params)
+    return jax.tree_util.tree_unflatten(structure, [path.rsplit("/", 1)[-1] not in NO_DECAY for path in leaves])
+
+
+def keep_state_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """Keeps the float state of `inner` in `dtype` between steps; it computes in float32."""
+    if dtype == jnp.float32:
+        return inner
+
+    def cast(tree: Any, to: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+    def init(params: Any) -> Any:
+        return cast(inner.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
+    """Adds updates to master parameters; those in bfloat16 with stochastic rounding, or small updates would vanish."""
+    leaves, structure = jax.tree.flatten(params)
+    deltas = jax.tree.leaves(updates)
+    out = []
+    for number, (param, delta) in enumerate(zip(leaves, deltas, strict=True)):
+        total = param.astype(jnp.float32) + delta.astype(jnp.float32)
+        if param.dtype == jnp.bfloat16:
+            total = round_stochastically(total, jax.random.fold_in(key, number))
+        out.append(total.astype(param.dtype))
+    return jax.tree.unflatten(structure, out)
+
+
+def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Rounds float32 to one of its two bfloat16 neighbours, the nearer one more likely, so that the mean stays."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
