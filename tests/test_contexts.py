@@ -37,7 +37,7 @@ def calls():
     return {f.__name__: functools.partial(jax.jit(f), params) for f in (start, extend, velocity)}
 
 
-def piece(segments, start=LayoutState()):
+def piece(segments, start):
     """One row of static lengths with a part of a document; and where the next part begins."""
     packed = tiny.packable(segments, start=start)
     return pack([[packed]], PIECE, tiny.tables()).streams, packed.layout.end
@@ -144,7 +144,7 @@ def test_filler_changes_nothing_in_a_context():
 def test_an_empty_context_is_like_none():
     """The first piece may also extend an empty context."""
     model = tiny.model()
-    streams, end = piece([tiny.DOCUMENTS[0][0]])
+    streams, end = piece([tiny.DOCUMENTS[0][0]], LayoutState())
     nothing = latents(np.zeros((0, tiny.CONFIG.latent_dim), np.float32))
     ends = np.int32([end.position]), np.int32([end.split])
     started, _ = calls()["start"](streams, nothing, *ends)

@@ -24,10 +24,10 @@ class Request:
       task: `image` (a picture from text), `edit` (a picture from pictures and text), `understand` (text).
       think: write a plan first, and read it before answering.
       size: (height, width) of the picture to make; by default that of the last input picture, or 1024 x 1024.
-      seed: of all randomness of this request.
+      seed: of all randomness of this request, below 2^32.
 
     Raises:
-      InputError: the input does not fit the task, or a text is empty.
+      InputError: the input does not fit the task, a text is empty, or the seed is out of range.
     """
 
     items: tuple[Item, ...]
@@ -47,6 +47,8 @@ class Request:
             raise InputError("task 'image' makes a picture from text alone, but pictures were given: use task 'edit'")
         if self.task == "edit" and not has_pictures:
             raise InputError("task 'edit' needs at least one picture: give one, or use task 'image'")
+        if not 0 <= self.seed < 2**32:  # beyond, seeds would silently stand for smaller ones
+            raise InputError(f"seed={self.seed}: must be at least 0 and below 2^32 = {2**32}")
 
 
 @dataclasses.dataclass(frozen=True)
