@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loom_jax.converters.parity import generation, inputs, packs, parts, training
+from loom_jax.converters.parity import generation, inputs, packs, parts, rows, training
 from loom_jax.converters.parity.port import Port, open_port
 from loom_jax.converters.parity.records import Checked, Records
 from loom_jax.converters.parity.report import FORWARD, MANY_STEPS, compare, write_report
@@ -23,6 +23,9 @@ CHECKS: dict[str, Callable[[Records, Port], Checked]] = {
     "time.npz": parts.check_time,
     "mask.npz": parts.check_mask,
     "pack_extra.npz": packs.check_pack_extra,
+    "pack_rows.npz": rows.check_pack_rows,
+    "pack_rows.json": rows.check_pack_rows_json,
+    "packing_loop.json": rows.check_packing_loop,
     "vit.npz": parts.check_vit,
     "vae.npz": parts.check_vae,
     "mot_layer.npz": parts.check_mot_layer,
@@ -48,9 +51,6 @@ TOLERANCES = {
 """Tolerances other than that of a single forward pass."""
 
 EXCUSED = {
-    "pack_rows.npz/*": "dataset rows come with the data pipeline",
-    "pack_rows.json/*": "dataset rows come with the data pipeline",
-    "packing_loop.json/*": "the packing loop comes with the data pipeline",
     "optim.npz/*": "the optimizer comes with training",
     "mfu.json/*": "counting FLOPs comes with training",
     "train_alt.npz/freeze_und_*": "freeze_und comes with training",

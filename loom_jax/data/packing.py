@@ -88,6 +88,8 @@ class Tables:
     max_latent_size: int
     vit_side: int
     patch_size: int
+    latent_dim: int = 0
+    """Values in one latent token, CPP; needed only where latents were computed beforehand."""
     interpolate: bool = False
     """Stretches every grid over the whole table, instead of laying it into the corner."""
 

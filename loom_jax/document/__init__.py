@@ -21,6 +21,7 @@ from loom_jax.document.layout import (
     lay_out,
 )
 from loom_jax.document.mask import CAUSAL, FULL, NOISE, PADDING, TokenLayout, may_attend
+from loom_jax.document.plan import parse_steps
 from loom_jax.document.positions import grid_position_ids, interpolated_position_ids
 from loom_jax.document.prompts import THINK_THEN_ANSWER, THINK_THEN_DRAW
 from loom_jax.document.tokenizer import LOOM_TOKENS, SPECIAL_TOKENS, Tokenizer
@@ -34,6 +35,7 @@ from loom_jax.document.transforms import (
     pack_latent,
     patchify,
     to_rgb,
+    unit_range,
     unpack_latent,
 )
 
@@ -74,7 +76,9 @@ __all__ = [
     "normalize",
     "open_image",
     "pack_latent",
+    "parse_steps",
     "patchify",
     "to_rgb",
+    "unit_range",
     "unpack_latent",
 ]

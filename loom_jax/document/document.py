@@ -29,11 +29,17 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture in one role. The same picture as condition and as something understood is two segments."""
+    """A picture in one role. The same picture as condition and as something understood is two segments.
+
+    Attributes:
+      moments: its latents, where they were computed beforehand: float [rows, columns, 2 * C * P * P], for every latent
+        token its means and then its log variances. The VAE then need not see the picture.
+    """
 
     image: PILImage.Image
     role: Role
     droppable: bool = False
+    moments: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,9 @@ class ImageTokens:
     """An encoded image segment of `grid` = (rows, columns) tokens.
 
     Attributes:
-      pixels: float32 [H, W, 3] in [-1, 1], or None where only the layout is wanted.
+      pixels: float32 [H, W, 3] in [-1, 1], or uint8 where it was encoded `raw`, or None where only the layout is
+        wanted. Segments that show one picture to the VAE twice share one array.
+      moments: of the picture's latents (see `Picture`), in place of pixels.
       mode: overrides the attention mode of the role (video frames of the original are `full` although noisy).
       advance: overrides by how much the rope position moves on (video frames: the distance to the next frame).
       joins_previous: belongs to the split of the segment before it (frames of one video).
@@ -62,6 +70,7 @@ class ImageTokens:
     role: Role
     grid: tuple[int, int]
     pixels: np.ndarray | None = None
+    moments: np.ndarray | None = None
     droppable: bool = False
     dropped: bool = False
     mode: int | None = None

@@ -12,7 +12,15 @@ from loom_jax.core import ConfigError
 from loom_jax.document.document import EncodedSegment, ImageTokens, Picture, Role, Segment, Text, TextTokens
 from loom_jax.document.layout import SpecialIds
 from loom_jax.document.tokenizer import Tokenizer
-from loom_jax.document.transforms import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform, patchify, to_rgb
+from loom_jax.document.transforms import (
+    VAE_TRANSFORM,
+    VIT_TRANSFORM,
+    ImageTransform,
+    normalize,
+    patchify,
+    to_rgb,
+    unit_range,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +56,17 @@ class Encoder:
         """Ids of the marks that frame segments, as `lay_out` wants them."""
         return self.tokenizer.special
 
-    def encode(self, segments: Sequence[Segment], img_num: int = 1) -> list[EncodedSegment]:
-        """Returns one encoded segment for each segment, in order.
+    def encode(self, segments: Sequence[Segment], img_num: int = 1, raw: bool = False) -> list[EncodedSegment]:
+        """Returns one encoded segment for each segment, in order. A picture shown twice alike is resized once.
 
         Args:
           segments: texts and pictures.
           img_num: number of images that share the area bound of the ViT transform (data with many images a sample).
+          raw: leave pixels as uint8; `unit_range` of them is what they are otherwise, bit for bit.
         """
+        seen: dict[tuple[int, bool], np.ndarray] = {}
         return [
-            self._text(segment) if isinstance(segment, Text) else self._picture(segment, img_num)
+            self._text(segment) if isinstance(segment, Text) else self._picture(segment, img_num, raw, seen)
             for segment in segments
         ]
 
@@ -75,7 +85,7 @@ class Encoder:
             raise ValueError(
                 f"an image of role {image.role} {'with' if image.pixels is not None else 'without'} pixels"
             )
-        return patchify(image.pixels, self.vit_patch)
+        return unit_range(patchify(image.pixels, self.vit_patch))
 
     def _text(self, text: Text) -> TextTokens:
         return TextTokens(
@@ -85,12 +95,19 @@ class Encoder:
             end_label=None if text.end_label is None else self.tokenizer.token_id(text.end_label),
         )
 
-    def _picture(self, picture: Picture, img_num: int) -> ImageTokens:
-        image = to_rgb(picture.image)
-        if picture.role == "vit":
-            pixels, cell = self.vit_transform(image, img_num), self.vit_patch
-        else:
-            pixels, cell = self.vae_transform(image), self.latent_stride
+    def _picture(
+        self, picture: Picture, img_num: int, raw: bool, seen: dict[tuple[int, bool], np.ndarray]
+    ) -> ImageTokens:
+        understood = picture.role == "vit"
+        if picture.moments is not None and not understood:
+            rows, columns, _ = picture.moments.shape
+            return ImageTokens(picture.role, (rows, columns), moments=picture.moments, droppable=picture.droppable)
+        key = id(picture.image), understood
+        if key not in seen:
+            transform = self.vit_transform if understood else self.vae_transform
+            resized = transform.resize(to_rgb(picture.image), img_num if understood else 1)
+            seen[key] = np.asarray(resized) if raw else normalize(resized)
+        pixels, cell = seen[key], self.vit_patch if understood else self.latent_stride
         height, width, _ = pixels.shape
         return ImageTokens(
             role=picture.role,

@@ -139,8 +139,15 @@ def normalize(image: PILImage.Image) -> np.ndarray:
     """
     if image.mode != "RGB":
         raise InputError(f"a picture of mode {image.mode} was given, expected RGB: convert it with to_rgb")
+    return unit_range(np.asarray(image))
+
+
+def unit_range(pixels: np.ndarray) -> np.ndarray:
+    """Returns uint8 pixels of any shape as float32 in [-1, 1]; others, which are there already, as they are."""
+    if pixels.dtype != np.uint8:
+        return pixels
     # Two steps in float32, as torchvision does them, so that every bit agrees.
-    unit = np.asarray(image, np.float32) / np.float32(255)
+    unit = pixels.astype(np.float32) / np.float32(255)
     return (unit - np.float32(0.5)) / np.float32(0.5)
 
 
