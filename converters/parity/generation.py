@@ -43,7 +43,7 @@ class RecordedNoise:
     def posterior(self, seed: int, image: int, grid: tuple[int, int], channels: int) -> np.ndarray:
         return channels_last(self._posterior[image])[0]
 
-    def initial(self, seed: int, cells: int, channels: int) -> np.ndarray:
+    def initial(self, seed: int, number: int, cells: int, channels: int) -> np.ndarray:
         assert self._initial is not None
         return self._initial
 

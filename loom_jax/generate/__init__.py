@@ -4,9 +4,10 @@ from loom_jax.generate.buckets import bucket, canvas_side
 from loom_jax.generate.context import Context, empty_context, extend_context, start_context, take_rows
 from loom_jax.generate.denoise import branch_velocity, denoise, guided_velocity
 from loom_jax.generate.engine import Denoising, Engine
-from loom_jax.generate.generator import Generator, Source, branch_segments, make_guidance
+from loom_jax.generate.generator import Generator, Source, branch_segments
 from loom_jax.generate.guidance import Guidance, RenormType, guidance_is_active, guide
 from loom_jax.generate.noise import NoiseSource, SeededNoise
+from loom_jax.generate.reader import Query, Read, Reader, count_branches, make_guidance, text_room
 from loom_jax.generate.requests import (
     TASK_SETTINGS,
     ImageSettings,
@@ -27,6 +28,9 @@ __all__ = [
     "Guidance",
     "ImageSettings",
     "NoiseSource",
+    "Query",
+    "Read",
+    "Reader",
     "RenormType",
     "Request",
     "Result",
@@ -40,6 +44,7 @@ __all__ = [
     "bucket",
     "canvas_side",
     "choose_tokens",
+    "count_branches",
     "decode_text",
     "denoise",
     "empty_context",
@@ -51,4 +56,5 @@ __all__ = [
     "make_guidance",
     "start_context",
     "take_rows",
+    "text_room",
 ]

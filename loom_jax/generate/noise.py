@@ -20,8 +20,8 @@ class NoiseSource(Protocol):
         """Returns float32 [h, w, C] for input picture number `image` with latent cells `grid`."""
         ...
 
-    def initial(self, seed: int, cells: int, channels: int) -> np.ndarray:
-        """Returns float32 [G, C], the state from which a picture is denoised."""
+    def initial(self, seed: int, number: int, cells: int, channels: int) -> np.ndarray:
+        """Returns float32 [G, C], the state from which picture `number` of a request is denoised."""
         ...
 
 
@@ -32,8 +32,8 @@ class SeededNoise:
         key = make_key(seed, Purpose.POSTERIOR_NOISE, image)
         return _normal(key, grid[0] * grid[1], channels).reshape(*grid, channels)
 
-    def initial(self, seed: int, cells: int, channels: int) -> np.ndarray:
-        return _normal(make_key(seed, Purpose.INITIAL_NOISE), cells, channels)
+    def initial(self, seed: int, number: int, cells: int, channels: int) -> np.ndarray:
+        return _normal(make_key(seed, Purpose.INITIAL_NOISE, number), cells, channels)
 
 
 def _normal(key: jax.Array, cells: int, channels: int) -> np.ndarray:
