@@ -21,7 +21,7 @@ BAGEL_7B = LoomConfig(
 MESHES_64 = {
     "single": {"fsdp": 1},
     "fsdp": {"fsdp": 64},
-    "hsdp": {"replica": 4, "fsdp": 16},
+    "hsdp": {"data": 4, "fsdp": 16},
     "fsdp+tensor": {"fsdp": 16, "tensor": 4},
     "fsdp+context": {"fsdp": 16, "context": 4},
 }
@@ -46,7 +46,7 @@ def test_rules_cover_the_release_under_every_preset(big, preset, component):
     shardings, _ = flatten_params(shardings_for(big[component], abstract_mesh(sizes), preset))
     params, _ = flatten_params(big[component])
     assert list(shardings) == list(params)
-    devices = np.prod(list(sizes.values())) // sizes.get("replica", 1)
+    devices = np.prod(list(sizes.values())) // sizes.get("data", 1)
     total = sum(p.size for p in params.values())
     a_device = sum(np.prod(shardings[path].shard_shape(p.shape)) for path, p in params.items())
     assert a_device <= 1.05 * total / devices if component == "model" else a_device <= 1.3 * total / devices
@@ -107,7 +107,7 @@ def test_a_preset_needs_its_axes():
     [
         ("single", {"fsdp": 1}),
         ("fsdp", {"fsdp": 8}),
-        ("hsdp", {"replica": 2, "fsdp": 4}),
+        ("hsdp", {"data": 2, "fsdp": 4}),
         ("fsdp+tensor", {"fsdp": 2, "tensor": 4}),
         ("fsdp+context", {"fsdp": 4, "context": 2}),
     ],

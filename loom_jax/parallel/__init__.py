@@ -1,16 +1,44 @@
-"""Which device holds which part of which parameter: meshes, presets, and one rule table by parameter path."""
+"""Which device holds which part of what: meshes, presets, one rule table by parameter path, and jobs of many hosts.
 
-from loom_jax.parallel.mesh import PRESETS, Preset, make_mesh
+For a training loop:
+  start_distributed()                                         before the first use of a device
+  mesh = make_mesh(preset)                                    or make_mesh({"data": 2, "fsdp": -1})
+  shardings = state_shardings(abstract_state, (trainable, frozen), mesh, preset)
+  constrain = make_constrain(mesh)                            handed to the models
+  begin, end = row_range(mesh, rows)                          rows of each batch that this process makes
+  batch = global_batch(local_batch, mesh)                     global arrays, for a jit with batch_sharding(mesh)
+"""
+
+from loom_jax.parallel.activations import (
+    ACTIVATION_AXES,
+    activation_spec,
+    batch_sharding,
+    global_batch,
+    make_constrain,
+    row_range,
+)
+from loom_jax.parallel.mesh import DATA_AXES, PRESETS, Preset, make_mesh
+from loom_jax.parallel.multihost import start_distributed
 from loom_jax.parallel.rules import REPLICATED_LIMIT, RULES, ParamShape, flatten_params, logical_axes, shardings_for
+from loom_jax.parallel.states import state_shardings
 
 __all__ = [
+    "ACTIVATION_AXES",
+    "DATA_AXES",
     "PRESETS",
     "REPLICATED_LIMIT",
     "RULES",
     "ParamShape",
     "Preset",
+    "activation_spec",
+    "batch_sharding",
     "flatten_params",
+    "global_batch",
     "logical_axes",
+    "make_constrain",
     "make_mesh",
+    "row_range",
     "shardings_for",
+    "start_distributed",
+    "state_shardings",
 ]

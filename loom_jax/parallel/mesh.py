@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from loom_jax.core import ConfigError
@@ -26,6 +28,9 @@ class Preset:
     rules: Mapping[str, tuple[str, ...]]
 
 
+DATA_AXES = ("data", "fsdp")
+"""Mesh axes that cut the rows of a batch, outermost first."""
+
 _FSDP = {"embed": ("fsdp",), "channel": ("fsdp",)}
 _FSDP_TENSOR = {
     "embed": ("fsdp",),
@@ -39,12 +44,12 @@ _FSDP_CONTEXT = {"embed": ("fsdp", "context"), "channel": ("fsdp", "context")}
 PRESETS: dict[str, Preset] = {
     "single": Preset({"fsdp": 1}, {}),
     "fsdp": Preset({"fsdp": -1}, _FSDP),
-    "hsdp": Preset({"replica": 2, "fsdp": -1}, _FSDP),
+    "hsdp": Preset({"data": 2, "fsdp": -1}, _FSDP),
     "fsdp+tensor": Preset({"fsdp": -1, "tensor": 4}, _FSDP_TENSOR),
     "fsdp+context": Preset({"fsdp": -1, "context": 2}, _FSDP_CONTEXT),
 }
-"""single: one device. fsdp: parameters cut over all devices. hsdp: cut within a slice, copied across slices
-(`replica`). fsdp+tensor: heads, mlp and vocabulary cut too. fsdp+context: activations are cut along the packed length
+"""single: one device. fsdp: parameters cut over all devices. hsdp: cut within a slice or node, copied
+across them (`data`, the axis for slow links). fsdp+tensor: heads, mlp and vocabulary cut too. fsdp+context: activations are cut along the packed length
 over `context`, parameters over both axes."""
 
 
@@ -56,7 +61,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
       devices: which; all of them by default, for `single` the first.
 
     Raises:
-      ConfigError: the preset is not known, or the sizes do not make up the number of devices.
+      ConfigError: the preset is not known, the sizes do not make up the number of devices, or axis `data` is no multiple
+        of the number of TPU slices: only it may go over the links between slices.
     """
     if isinstance(axes, str):
         if axes not in PRESETS:
@@ -65,6 +71,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
             devices = (devices or jax.devices())[:1]
         devices = list(devices or jax.devices())
         sizes = {name: math.gcd(size, len(devices)) if size > 0 else size for name, size in PRESETS[axes].axes.items()}
+        if "data" in sizes and slice_count(devices) > 1:
+            sizes["data"] = slice_count(devices)
     else:
         devices, sizes = list(devices or jax.devices()), dict(axes)
     free = [name for name, size in sizes.items() if size == -1]
@@ -76,4 +84,24 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(f"mesh axes {sizes} make {math.prod(sizes.values())} devices, but there are {len(devices)}")
     types = (AxisType.Auto,) * len(sizes)
+    if slice_count(devices) > 1:
+        return Mesh(arrange_slices(sizes, devices), tuple(sizes), axis_types=types)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """Returns the number of TPU slices; other devices are one."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def arrange_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Returns the devices of several slices in the shape of a mesh whose axis `data` alone crosses slices."""
+    slices = slice_count(devices)
+    if sizes.get("data", 1) % slices:
+        raise ConfigError(
+            f"mesh axes {dict(sizes)} on {slices} TPU slices: give axis `data` a multiple of {slices}, "
+            "since no other axis may cross the links between slices"
+        )
+    within = [size // slices if name == "data" else size for name, size in sizes.items()]
+    across = [slices if name == "data" else 1 for name in sizes]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)

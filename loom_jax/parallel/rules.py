@@ -18,14 +18,15 @@ from loom_jax.parallel.mesh import PRESETS
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed_tokens/embedding", ("vocab", "embed")),
     (r"lm_head/kernel", ("embed", "vocab")),
+    (r".*/[qkv]_proj/lora_b", (None, "heads", "embed")),
     (r".*/[qkv]_proj/kernel", ("embed", "heads", None)),
     (r".*/[qkv]_proj/bias", ("heads", None)),
     (r".*/(o_proj|out_proj)/kernel", ("heads", None, "embed")),
     (r".*/(gate_proj|up_proj|fc1)/kernel", ("embed", "mlp")),
     (r".*/(down_proj|fc2)/kernel", ("mlp", "embed")),
     (r"(vit_pos_embed|latent_pos_embed)/table|vit/position_embedding/embedding", (None, "embed")),
-    (r"vae2llm/kernel|vit/patch_embedding/kernel", (None, "embed")),
-    (r"llm2vae/kernel", ("embed", None)),
+    (r"vae2llm/kernel|vit/patch_embedding/kernel|.*/(?![qkv]_proj/)\w+/lora_b", (None, "embed")),
+    (r"llm2vae/kernel|.*/lora_a", ("embed", None)),
     (r".*/(conv1|conv2|nin_shortcut|conv_in|conv_out|downsample|upsample)/kernel", (None, None, None, "channel")),
     (r".*/attn_1/(q|k|v|proj_out)/kernel", (None, "channel")),
     (r".*/scale|(?!.*/[qkv]_proj/).*/bias", (None,)),
@@ -49,15 +50,17 @@ class ParamShape(Protocol):
 def flatten_params(tree: Any) -> tuple[dict[str, Any], Any]:
     """Returns parameter path -> leaf (`decoder/layers/und/q_proj/kernel`), in leaf order, and the tree's structure.
 
-    Takes an nnx.State, or nested dicts: both give the same paths.
+    Takes an nnx.State, or nested dicts: both give the same paths. Fields of a named tuple and places in a sequence are
+    components too, so that the whole state of a training job has paths: `optimizer/1/mu/lm_head/kernel`.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(_names(path)): leaf for path, leaf in leaves}, structure
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
-    """Names along a key path; the level that an nnx.Variable adds is left out."""
-    return [str(getattr(key, "key", getattr(key, "idx", None))) for key in path if not hasattr(key, "name")]
+    """Names along a key path; the level `value` that an nnx.Variable adds is left out."""
+    names = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
+    return [str(name) for name, key in zip(names, path, strict=True) if getattr(key, "name", None) != "value"]
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
