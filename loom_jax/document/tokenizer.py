@@ -91,6 +91,10 @@ class Tokenizer:
             raise TokenizerError(f"the tokenizer has no token {token!r} among its {len(self)}: add it with with_tokens")
         return found
 
+    def has_token(self, token: str) -> bool:
+        """Returns whether there is such a token, added or of the vocabulary."""
+        return self._inner.token_to_id(token) is not None
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without begin and end marks; special strings inside it become their single ids.
 

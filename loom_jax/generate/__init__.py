@@ -6,6 +6,18 @@ from loom_jax.generate.denoise import branch_velocity, denoise, guided_velocity
 from loom_jax.generate.engine import Denoising, Engine
 from loom_jax.generate.generator import Generator, Source, branch_segments
 from loom_jax.generate.guidance import Guidance, RenormType, guidance_is_active, guide
+from loom_jax.generate.interleave import (
+    LOOM_SETTINGS,
+    Done,
+    Event,
+    FrameMade,
+    InterleavedRequest,
+    PlanWritten,
+    Preview,
+    RequestFailed,
+    TurnStarted,
+    interleave,
+)
 from loom_jax.generate.noise import NoiseSource, SeededNoise
 from loom_jax.generate.reader import Query, Read, Reader, count_branches, make_guidance, text_room
 from loom_jax.generate.requests import (
@@ -19,26 +31,35 @@ from loom_jax.generate.requests import (
 from loom_jax.generate.text import DecodedText, TextControls, choose_tokens, decode_text, keep_top_p
 
 __all__ = [
+    "LOOM_SETTINGS",
     "TASK_SETTINGS",
     "Context",
     "DecodedText",
     "Denoising",
+    "Done",
     "Engine",
+    "Event",
+    "FrameMade",
     "Generator",
     "Guidance",
     "ImageSettings",
+    "InterleavedRequest",
     "NoiseSource",
+    "PlanWritten",
+    "Preview",
     "Query",
     "Read",
     "Reader",
     "RenormType",
     "Request",
+    "RequestFailed",
     "Result",
     "SeededNoise",
     "Source",
     "Task",
     "TextControls",
     "TextSettings",
+    "TurnStarted",
     "branch_segments",
     "branch_velocity",
     "bucket",
@@ -52,6 +73,7 @@ __all__ = [
     "guidance_is_active",
     "guide",
     "guided_velocity",
+    "interleave",
     "keep_top_p",
     "make_guidance",
     "start_context",

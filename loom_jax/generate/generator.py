@@ -21,6 +21,8 @@ from loom_jax.generate.reader import OnStep, Query, Reader, count_branches, text
 from loom_jax.generate.requests import TASK_SETTINGS, ImageSettings, Request, Result, TextSettings
 
 DEFAULT_SIDE = 1024
+PARTS = 10
+"""How often progress is told of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,4 +155,9 @@ class Generator(Reader):
             [images[b] for b in range(branches) for images in latents],
         )
         queries = [Query(s.size, s.request.seed, after_pictures=bool(s.latents)) for s in sources]
-        return self.denoise(read, queries, settings, branches, on_step)
+        made: list[np.ndarray] = []
+        for done, tokens in self.denoise(read, queries, settings, branches, chunks=1 if on_step is None else PARTS):
+            made = tokens
+            if on_step is not None:
+                on_step(done, settings.num_timesteps - 1)
+        return made

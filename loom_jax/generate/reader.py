@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -179,13 +179,14 @@ class Reader:
         queries: Sequence[Query | None],
         settings: ImageSettings,
         branches: int,
-        on_step: OnStep | None = None,
-    ) -> list[np.ndarray]:
-        """Makes one picture a query; returns their latent tokens, float32 [cells, C].
+        chunks: int = 1,
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Makes one picture a query; yields (steps done, latent tokens float32 [cells, C] of each), the last when done.
 
         Args:
           read: contexts of branches * B rows: branch by branch, in each the queries' rows in order.
           queries: B of them; None for a row that makes nothing (it only keeps its place in the batch).
+          chunks: in about how many parts, for progress and previews.
         """
         stride, width = self.config.latent_stride, self.config.latent_dim
         images = [
@@ -206,8 +207,9 @@ class Reader:
         guidance, schedule = make_guidance(settings, scales), jnp.asarray(_padded_schedule(settings))
         work = Denoising(read.context, batch.streams, guidance, schedule)
         steps, renorm = settings.num_timesteps - 1, settings.cfg_renorm_type
-        final = self.engine.denoise(work, noise, steps, branches, renorm, on_step)
-        return [final[row, :count] for row, count in enumerate(cells)]
+        for done, state in self.engine.denoise(work, noise, steps, branches, renorm, chunks):
+            latents = np.asarray(state)
+            yield done, [latents[row, :count] for row, count in enumerate(cells)]
 
     def picture(self, tokens: np.ndarray, size: tuple[int, int]) -> PILImage.Image:
         """Returns the picture of (height, width) `size` that latent tokens [cells, C] hold."""
