@@ -123,6 +123,23 @@ def test_rematerialised_layers_give_the_same_gradients_from_less_memory(remat):
     assert fewer_bytes < plain_bytes
 
 
+def primitives(jaxpr):
+    """Yields the name of every operation, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from primitives(inner if hasattr(inner, "eqns") else inner.jaxpr)
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_the_policy_reaches_the_layers_of_vit_and_decoder(remat):
+    drawn, model = two_rows(), tiny.model()
+    traced = jax.make_jaxpr(lambda *a: model(*a, remat=remat).gen)(drawn.batch.streams, drawn.state, drawn.timesteps)
+    found = [name for name in primitives(traced.jaxpr) if name in ("checkpoint", "remat", "remat2")]
+    assert len(found) == (0 if remat == "none" else 2)
+
+
 def test_an_unknown_remat_policy_is_named():
     drawn = two_rows()
     with pytest.raises(ConfigError, match="remat='some' is not one of none, full"):
