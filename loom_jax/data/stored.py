@@ -7,9 +7,11 @@ values can be stored. Beside the files lies `loom_rows.json` with counts and che
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +116,20 @@ def write_rows(
     # TensorFlow Datasets is slow to import and needed only where such data is used.
     from loom_jax.data.stored_builder import build
 
+    encoded = map(encode_row, rows)
+    first = next(encoded, None)
+    if first is None:
+        raise LoomError(f"{folder} is not written: there is not one row that could be used")
+    done = False
     try:
-        count = build(({"row": r["row"], "blobs": r["blobs"]} for r in map(encode_row, rows)), folder, description)
+        count = build(itertools.chain([first], encoded), folder, description)
         files = {p.name: _file_facts(p) for p in sorted(folder.rglob("*array_record*")) if p.is_file()}
+        done = True
     except OSError as error:
         raise LoomError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
     record = {"schema": SCHEMA_VERSION, "description": description, "rows": count, "files": files, **facts}
     path = _data_folder(folder) / RECORD
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -165,12 +176,3 @@ def _data_folder(folder: Path) -> Path:
 def _file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def iterate(source: Any, on_fault: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (index, row) of a source in order; `on_fault(BadRow)` is told of rows that cannot be read."""
-    for index in range(len(source)):
-        try:
-            yield index, source[index]
-        except BadRow as fault:
-            on_fault(fault)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,5 +40,7 @@ def build(rows: Iterable[dict[str, Any]], folder: Path, description: str) -> int
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
     builder = LoomRows(rows=rows, description=description, data_dir=str(folder), file_format="array_record")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(download_dir=str(folder / "downloads")))
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces downloads, and nothing is downloaded
+        builder.download_and_prepare(download_dir=str(folder / "downloads"))
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
     return builder.info.splits["train"].num_examples

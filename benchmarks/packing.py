@@ -1,0 +1,168 @@
+"""How full packed rows are: of a realistic mix of lengths at the sizes of the 7B model, and of the tiny data.
+
+Run: python benchmarks/packing.py [--batches 40]
+The realistic mix has no pixels, only sizes: tutorials of 4 to 6 frames, edits, text to image and conversations, with
+pictures of 512 to 1024 pixels; budgets are in the proportion of the mean need, as `loom data inspect` prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from loom_jax.core import from_mapping
+from loom_jax.data import (
+    RECIPES,
+    Address,
+    Budget,
+    CanvasConfig,
+    DataConfig,
+    Element,
+    Packable,
+    Packer,
+    Room,
+    RowCounts,
+    Tables,
+    make_pipeline,
+    total_need,
+)
+from loom_jax.document import (
+    LOOM_TOKENS,
+    EncodedSegment,
+    Encoder,
+    ImageTokens,
+    ImageTransform,
+    Role,
+    SpecialIds,
+    TextTokens,
+    Tokenizer,
+    lay_out,
+)
+
+VAE, VIT = ImageTransform(1024, 512, 16), ImageTransform(980, 378, 14, 2_007_040)
+STRIDE, PATCH = 16, 14
+SPECIAL = SpecialIds(0, 1, 2, 3)
+MIX = {"tutorial": 0.4, "edit": 0.2, "t2i": 0.25, "vlm": 0.15}
+SHAPES = [(1024, 1024), (1024, 768), (768, 1024), (1280, 720), (720, 1280), (640, 480), (512, 512), (1920, 1080)]
+CANVASES = ((1024, 1024, 6), (768, 1024, 5), (1024, 768, 5), (512, 1024, 3), (1024, 512, 3), (512, 704, 8))
+
+
+def text(rng: np.random.Generator, mean: float, loss: bool = False) -> TextTokens:
+    """A text whose length is spread widely around a mean."""
+    return TextTokens(ids=np.zeros(max(2, int(rng.lognormal(np.log(mean), 0.6))), np.int32), loss=loss)
+
+
+def picture(rng: np.random.Generator, *roles: Role, shape: tuple[int, int] | None = None) -> list[EncodedSegment]:
+    """A picture of one of the usual shapes in some roles; its pixels take no memory."""
+    width, height = shape or SHAPES[int(rng.integers(len(SHAPES)))]
+    sizes = {role: (VIT if role == "vit" else VAE).size(width, height)[::-1] for role in roles}
+    vae = next((np.broadcast_to(np.uint8(0), (*s, 3)) for role, s in sizes.items() if role != "vit"), None)
+    out: list[EncodedSegment] = []
+    for role, (h, w) in sizes.items():
+        cell = PATCH if role == "vit" else STRIDE
+        pixels = np.broadcast_to(np.uint8(0), (h, w, 3)) if role == "vit" else vae
+        out.append(ImageTokens(role, (h // cell, w // cell), pixels=pixels))
+    return out
+
+
+def document(kind: str, rng: np.random.Generator) -> list[EncodedSegment]:
+    """A document like those that the recipe of that name builds."""
+    if kind == "t2i":
+        return [text(rng, 60), *picture(rng, "noisy")]
+    if kind == "edit":
+        return [*picture(rng, "clean", "vit"), text(rng, 30), *picture(rng, "noisy")]
+    if kind == "vlm":
+        turns = [text(rng, 40 + 120 * (i % 2), loss=bool(i % 2)) for i in range(2 * int(rng.integers(1, 4)))]
+        return [*picture(rng, "vit"), *turns]
+    shape = SHAPES[int(rng.integers(len(SHAPES)))]
+    frames = int(rng.integers(4, 7))
+    chosen = 1 + int(rng.integers(0, 4))
+    out: list[EncodedSegment] = [text(rng, 40), text(rng, 30 * frames, loss=True)]
+    for k in range(min(chosen, frames)):
+        last = k == min(chosen, frames) - 1
+        roles: tuple[Role, ...] = ("noisy",) if last else ("noisy", "clean", "vit")
+        out += [TextTokens([4]), text(rng, 30), *picture(rng, *roles, shape=shape)]
+    return out
+
+
+def stream(seed: int) -> Iterator[Element]:
+    """Documents of the mix, without end."""
+    rng = np.random.default_rng(seed)
+    for position in itertools.count():
+        kind = str(rng.choice(list(MIX), p=list(MIX.values())))
+        segments = document(kind, rng)
+        yield Element(Address(position, 0, 0, position), Packable(segments, lay_out(segments, SPECIAL)))
+
+
+def measure(budget: Budget, num_rows: int, look_ahead: float, batches: int) -> str:
+    """Packs the realistic mix and returns one line about it."""
+    counts = RowCounts(max_bad_share=0.5, min_rows=1000)
+    canvases = tuple(CanvasConfig(*canvas) for canvas in CANVASES)
+    packer = Packer(stream(7), Room(budget, Tables(64, 70, PATCH), canvases), num_rows, look_ahead, counts)
+    fills, start = [], time.perf_counter()
+    for _ in range(batches):
+        needs = [total_need(row) for row in packer.next_rows()]
+        fills.append([(n.und / budget.und, n.gen / budget.gen, n.vit / budget.vit) for n in needs])
+    took = time.perf_counter() - start
+    und, gen, vit = np.mean(fills, axis=(0, 1))
+    worst = np.min(np.mean(fills, axis=1), axis=0)
+    return (
+        f"U {budget.und:6} G {budget.gen:6} V {budget.vit:6} rows {num_rows:2} look-ahead {look_ahead:3g}: "
+        f"und {und:.1%}  gen {gen:.1%}  vit pool {vit:.1%}  "
+        f"worst batch und {worst[0]:.1%} gen {worst[1]:.1%}  bad rows {counts.num_bad}/{counts.rows}  "
+        f"{took / batches * 1e3:.0f} ms a batch"
+    )
+
+
+def tiny(batches: int) -> str:
+    """Packs the tiny data, pixels and all, and returns one line about it."""
+    folder = Path(__file__).parents[1] / "tests" / "assets" / "bagel_tiny"
+    encoder = Encoder(
+        Tokenizer.from_folder(folder).with_tokens(LOOM_TOKENS),
+        16,
+        8,
+        ImageTransform(128, 64, 16),
+        ImageTransform(96, 48, 8),
+    )
+    config = from_mapping(
+        DataConfig,
+        {
+            "mixture": [{"name": name, "source": "synthetic", "recipe": name} for name in RECIPES],
+            "rows": 2,
+            "budget": {"und": 1152, "gen": 512, "vit": 768},
+            "canvases": [{"height": 128, "width": 128, "count": 24}],
+        },
+    )
+    pipeline, stats = make_pipeline(config, encoder, Tables(12, 22, 8)), []
+    next(pipeline)
+    before, start = pipeline.stats["rows"], time.perf_counter()
+    for _ in range(batches):
+        next(pipeline)
+        stats.append([pipeline.stats[f"fill/{name}"] for name in ("und", "gen", "vit")])
+    rate = (pipeline.stats["rows"] - before) / (time.perf_counter() - start)
+    pipeline.close()
+    und, gen, vit = np.mean(stats, axis=0)
+    return f"tiny data: und {und:.1%}  gen {gen:.1%}  vit pool {vit:.1%}  {rate:.0f} rows/s with one process"
+
+
+def main() -> None:
+    """Prints the fill for several budgets."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=40)
+    batches = parser.parse_args().batches
+    needs = np.asarray([(n.und, n.gen, n.vit) for e in itertools.islice(stream(1), 2000) for n in [e.document.need]])
+    print("mean need of a document (und, gen, vit):", needs.mean(0).round(), " largest:", needs.max(0))
+    ratio = needs.mean(0) / needs.mean(0)[1]
+    for gen, num_rows, look_ahead in ((32768, 1, 2), (32768, 1, 4), (32768, 8, 4), (49152, 4, 2), (65536, 2, 2)):
+        und, vit = (int(-(-gen * ratio[i] // 256) * 256) for i in (0, 2))
+        print(measure(Budget(und, gen, int(vit * 1.15)), num_rows, look_ahead, batches))
+    print(tiny(batches))
+
+
+if __name__ == "__main__":
+    main()
