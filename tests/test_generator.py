@@ -127,6 +127,16 @@ def test_other_settings_compile_nothing_and_change_the_picture(change):
     assert tiny.relative(made[0].latents, plain.latents) > 1e-3
 
 
+def test_guidance_starts_from_the_picture_without_it():
+    """Scales just above 1 hardly change the unguided picture, whose text and pictures were all read."""
+    unguided, faint = (
+        tiny.generator().generate([REQUESTS["edit"]], dataclasses.replace(DRAWING, cfg_text_scale=a, cfg_img_scale=b))
+        for a, b in ((1.0, 2.0), (1 + 1e-4, 1 + 1e-4))
+    )
+    assert tiny.relative(faint[0].latents, unguided[0].latents) < 3e-3
+    assert tiny.relative(single("edit").latents, unguided[0].latents) > 0.1
+
+
 def test_other_text_settings_compile_nothing():
     single("text alone")
     for change in ({"max_new_tokens": 5}, {"temperature": 0.7}, {"temperature": 0.9, "top_p": 0.5}):
@@ -180,9 +190,9 @@ def test_draws_of_pictures_and_of_purposes_differ():
     noise = SeededNoise()
     first, second = (noise.posterior(3, n, (2, 3), 5) for n in (0, 1))
     assert first.shape == (2, 3, 5) and np.abs(first - second).min() > 0
-    assert np.abs(first.reshape(6, 5) - noise.initial(3, 6, 5)).min() > 0
-    np.testing.assert_array_equal(noise.initial(3, 40, 5)[:6], noise.initial(3, 6, 5))  # whatever the bucket
-    many = noise.initial(0, 4000, 5)
+    assert np.abs(first.reshape(6, 5) - noise.initial(3, 0, 6, 5)).min() > 0
+    np.testing.assert_array_equal(noise.initial(3, 0, 40, 5)[:6], noise.initial(3, 0, 6, 5))  # whatever the bucket
+    many = noise.initial(0, 0, 4000, 5)
     assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
 
 
@@ -279,6 +289,6 @@ def test_every_task_has_settings():
 
 def test_texts_end_where_their_tokens_end():
     """The decoded text holds neither marks nor filler."""
-    [(text, finished)] = tiny.generator().write([tiny.generator().read_request(REQUESTS["text alone"])], WRITING)
+    [(text, finished)] = tiny.generator().answer([tiny.generator().read_request(REQUESTS["text alone"])], WRITING)
     ids = tiny.tokenizer().encode(text)
     assert not finished and NO_TOKEN not in ids and tiny.encoder().special.bos not in ids

@@ -74,7 +74,7 @@ def test_posterior_noise_without_a_seed():
         def posterior(self, seed, image, grid, channels):
             return np.zeros((*grid, channels), np.float32)
 
-        def initial(self, seed, cells, channels):
+        def initial(self, seed, number, cells, channels):
             return np.zeros((cells, channels), np.float32)
 
     means = [tiny.generator(Silent()).read_request(dataclasses.replace(EDIT, seed=s)).latents[0] for s in (3, 4)]
@@ -184,7 +184,8 @@ def test_mutation_of_contexts():
     def use():
         written = engine.decode_text(context, keys, GREEDY, BUFFER, BUFFER)
         extended, logits = engine.extend(context, more, nothing, position, split)
-        return written.tokens, engine.denoise(work, x, 3, 1, "global"), logits, extended
+        [(_, state)] = engine.denoise(work, x, 3, 1, "global")
+        return written.tokens, state, logits, extended
 
     for first, second in zip(jax.tree.leaves(use()), jax.tree.leaves(use()), strict=True):
         np.testing.assert_array_equal(first, second)
@@ -196,6 +197,6 @@ def test_ids_and_pictures_are_not_taken_out_of_requests():
     """The original pops them from its samples."""
     items = EDIT.items
     pixels = np.array(items[0])
-    tiny.generator().write([tiny.generator().read_request(EDIT)], TextSettings(max_new_tokens=3))
+    tiny.generator().answer([tiny.generator().read_request(EDIT)], TextSettings(max_new_tokens=3))
     assert EDIT.items is items and len(items) == 2
     np.testing.assert_array_equal(pixels, np.asarray(items[0]))

@@ -97,7 +97,7 @@ class Tables:
     def of(cls, config: LoomConfig) -> Tables:
         """Returns the tables of a model."""
         side, patch = config.vit_max_num_patch_per_side, config.vit.patch_size
-        return cls(config.max_latent_size, side, patch, config.interpolate_pos)
+        return cls(config.max_latent_size, side, patch, config.latent_dim, config.interpolate_pos)
 
     def latent_positions(self, grid: tuple[int, int]) -> np.ndarray:
         """Returns the row of the latent table of each cell of a grid; raises InputError where it does not fit."""
