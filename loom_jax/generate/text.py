@@ -25,7 +25,8 @@ class TextControls(NamedTuple):
 class DecodedText(NamedTuple):
     """Tokens int32 [B, T] without begin and end marks (NO_TOKEN beyond the end), and their number [B].
 
-    `finished` [B]: whether the row ended by itself. `context` holds the begin mark and the tokens.
+    `finished` [B]: whether the row ended by itself. `context` holds the begin mark and the tokens, but for the last one
+    of a row that did not finish: nothing was predicted from it.
     """
 
     tokens: jax.Array
