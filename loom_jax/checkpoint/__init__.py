@@ -14,13 +14,20 @@ from loom_jax.checkpoint.folder import (
     restore_component,
     write_record,
 )
+from loom_jax.checkpoint.run import Restored, RunCheckpoints, read_run_params, saved_steps
+from loom_jax.checkpoint.run_folder import RUN_RECORD, RUN_SCHEMA_VERSION, RunFolder, read_run, start_run
 
 __all__ = [
     "COMPONENTS",
     "RECORD",
+    "RUN_RECORD",
+    "RUN_SCHEMA_VERSION",
     "SCHEMA_VERSION",
     "ModelFolder",
     "ParamWriter",
+    "Restored",
+    "RunCheckpoints",
+    "RunFolder",
     "StoredParam",
     "check_shapes",
     "load_module",
@@ -29,9 +36,13 @@ __all__ = [
     "new_folder",
     "read_folder",
     "read_params",
+    "read_run",
+    "read_run_params",
     "restore_component",
     "restore_params",
     "save_params",
+    "saved_steps",
+    "start_run",
     "stored_params",
     "write_record",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
@@ -30,7 +32,13 @@ CHUNK_BYTES = 2 * 2**20
 """Size of a stored chunk: the least that a host reads, so not much more than one device's part of a 7 B kernel."""
 
 CONCURRENT_BYTES = 2**28
-"""Bytes that Orbax may hold on top of the arrays themselves while it reads or writes."""
+"""Bytes that are given to Orbax at once, and that it may hold on top of them."""
+
+FILE_BYTES = 2**28
+"""Size of a data file. With the default of 2 GiB a conversion took twice as long, and more memory."""
+
+PIECE_BYTES = 2**26
+"""About what is written at once of a large numpy array."""
 
 STACKED = "layers"
 """Path component below which parameters are stacked along a layer axis."""
@@ -49,19 +57,20 @@ class StoredParam:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _context(reading: int = 0) -> ocp.Context:
+def context(reading: int = 0) -> ocp.Context:
     """Orbax options that keep memory low; `reading` is the size of the largest array to be read."""
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = CONCURRENT_BYTES
-    context.memory.read_concurrent_bytes = CONCURRENT_BYTES + 2 * reading
-    context.pytree.loading.partial_load = True
-    return context
+    options = ocp.Context()
+    options.array.saving.use_compression = False
+    options.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    options.array.saving.ocdbt_target_data_file_size = FILE_BYTES
+    options.memory.deepcopy_host_arrays = False
+    options.memory.write_concurrent_bytes = CONCURRENT_BYTES
+    options.memory.read_concurrent_bytes = CONCURRENT_BYTES + 2 * reading
+    options.pytree.loading.partial_load = True
+    return options
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts from paths."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -76,7 +85,9 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 class ParamWriter:
     """Writes one Orbax checkpoint in several parts; it appears at `path` when the `with` block ends without an error.
 
-    In a job of several processes all of them make the same calls.
+    In a job of several processes all of them make the same calls. numpy arrays of more than CONCURRENT_BYTES are written
+    last, piece by piece, because Orbax copies whatever it is given: where there are such, let `path` lie in a
+    `new_folder`, which makes the whole appear at once.
 
     Raises:
       CheckpointError: on entry, where there is something at `path`.
@@ -84,6 +95,7 @@ class ParamWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self._large: dict[str, tuple[np.ndarray, np.dtype]] = {}
 
     def __enter__(self) -> Self:
         if self.path.exists():
@@ -92,15 +104,70 @@ class ParamWriter:
             shutil.rmtree(self.path.with_name(f"{self.path.name}.partial_save"), ignore_errors=True)
         return self
 
-    def write(self, leaves: Mapping[str, np.ndarray | jax.Array]) -> None:
-        """Writes leaves by their path on disk, and returns when they are stored."""
-        with _context():
-            ocp.partial.save(self.path, _nested(leaves))
+    def write(self, leaves: Mapping[str, np.ndarray | jax.Array], dtype: np.dtype | None = None) -> None:
+        """Writes leaves by their path on disk.
+
+        Args:
+          leaves: stored on return, but for large numpy arrays: those must stay as they are until the block ends.
+          dtype: what they are cast to; as they are by default.
+        """
+        written: dict[str, np.ndarray | jax.Array] = {}
+        for name, leaf in leaves.items():
+            stored = leaf.dtype if dtype is None else dtype
+            if isinstance(leaf, np.ndarray) and leaf.nbytes > CONCURRENT_BYTES:
+                self._large[name] = leaf, stored
+                written[name] = np.zeros((1,) * leaf.ndim, stored)  # holds the place in Orbax's list of leaves
+            else:
+                written[name] = leaf if leaf.dtype == stored else leaf.astype(stored)
+        with context():
+            ocp.partial.save(self.path, nested(written))
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
-            with _context():
-                ocp.partial.finalize(self.path)
+        if kind is not None:
+            return
+        with context():
+            ocp.partial.finalize(self.path)
+        if jax.process_index() == 0:
+            for name, (array, dtype) in self._large.items():
+                _fill(self.path, name, array, dtype)
+
+
+def _fill(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> None:
+    """Puts a large array where Orbax knows a placeholder, a few chunks at a time; the format is the placeholder's."""
+    base = {"driver": "file", "path": f"{path / 'state'}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
+    metadata = (
+        tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result().spec().to_json()["metadata"]
+    )
+    chunk = _chunk_shape(array.shape, dtype.itemsize)
+    metadata["shape"] = list(array.shape)
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+    for codec in metadata["codecs"]:
+        if codec["name"] == "sharding_indexed":
+            codec["configuration"]["chunk_shape"] = chunk
+    spec = {
+        "driver": "zarr3",
+        "kvstore": kvstore,
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,  # Orbax takes a chunk that is not there for a loss
+        "context": {"file_io_sync": False},
+    }
+    store = tensorstore.open(spec, create=True, delete_existing=True).result()
+    steps = [*chunk[:-1], chunk[-1] * max(1, PIECE_BYTES // (math.prod(chunk) * dtype.itemsize))]
+    for corner in itertools.product(*(range(0, size, step) for size, step in zip(array.shape, steps, strict=True))):
+        piece = tuple(
+            slice(at, min(at + step, size)) for at, step, size in zip(corner, steps, array.shape, strict=True)
+        )
+        store[piece].write(array[piece].astype(dtype, copy=False)).result()
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """Halves the longest even side until a chunk is small enough."""
+    chunk = list(shape)
+    while math.prod(chunk) * itemsize > CHUNK_BYTES and any(size % 2 == 0 for size in chunk):
+        longest = max((axis for axis, size in enumerate(chunk) if size % 2 == 0), key=lambda axis: chunk[axis])
+        chunk[longest] //= 2
+    return chunk
 
 
 def stored_params(path: Path) -> dict[str, StoredParam]:
@@ -137,8 +204,8 @@ def read_params(path: Path, stored: Mapping[str, StoredParam]) -> dict[str, np.n
 def _load(path: Path, abstract: Mapping[str, Any], largest: int) -> Any:
     """Reads some leaves; nested dicts of arrays."""
     try:
-        with _context(largest):
-            return ocp.load(path.absolute(), _nested(abstract))
+        with context(largest):
+            return ocp.load(path.absolute(), nested(abstract))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read near {next(iter(abstract))} ({_first_line(error)}): convert or save it again"
@@ -159,7 +226,7 @@ def _is_stacked(path: str) -> bool:
     return STACKED in path.split("/")
 
 
-def _on_disk(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes_on_disk(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Path on disk -> shape, for parameters as they are in memory."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in params.items():
@@ -171,8 +238,8 @@ def _on_disk(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """Parameters that are read or written together: one layer of a stack, or a module without layers."""
+class Part:
+    """Parameters that are read or written together: one layer of a stack, or a parameter without layers."""
 
     layer: int | None
     paths: tuple[str, ...]
@@ -182,12 +249,14 @@ class _Part:
         return path if self.layer is None else _layer_path(path, self.layer)
 
 
-def _batches(params: Mapping[str, Any]) -> Iterator[list[_Part]]:
+def batches(params: Mapping[str, Any]) -> Iterator[list[Part]]:
     """Yields parts, several at a time where they are small: every call into Orbax costs some 50 ms."""
     groups: dict[str, list[str]] = {}
-    for path in params:
-        groups.setdefault(path.split(f"{STACKED}/")[0] if _is_stacked(path) else path.split("/")[0], []).append(path)
-    batch: list[_Part] = []
+    for path, leaf in params.items():
+        # Factored moments have layers where they are kept, and one entry as a placeholder where they are not.
+        stack = f"{path.split(f'{STACKED}/')[0]}{leaf.shape[0]}" if _is_stacked(path) else path
+        groups.setdefault(stack, []).append(path)
+    batch: list[Part] = []
     total = 0
     for paths in groups.values():
         leaves = [params[path] for path in paths]
@@ -198,7 +267,7 @@ def _batches(params: Mapping[str, Any]) -> Iterator[list[_Part]]:
             if batch and total + size > CONCURRENT_BYTES:
                 yield batch
                 batch, total = [], 0
-            batch.append(_Part(layer, tuple(paths)))
+            batch.append(Part(layer, tuple(paths)))
             total += size
     yield batch
 
@@ -214,7 +283,7 @@ def save_params(path: Path, params: Any) -> None:
     """
     leaves, _ = flatten_params(params)
     with ParamWriter(path) as writer:
-        for batch in _batches(leaves):
+        for batch in batches(leaves):
             writer.write(
                 {
                     part.on_disk(name): leaves[name] if part.layer is None else leaves[name][part.layer]
@@ -241,16 +310,29 @@ def restore_params(path: Path, abstract: Any, shardings: Any = None, *, dtype: A
       CheckpointError: leaves are missing, unknown or of another shape (the first few are named), or unreadable.
     """
     leaves, structure = flatten_params(abstract)
-    where = dict(zip(leaves, _sharding_leaves(shardings, len(leaves)), strict=True))
+    where = dict(zip(leaves, sharding_leaves(shardings, len(leaves)), strict=True))
     stored = stored_params(path)
     way_out = "its configuration and its weights belong to different models, or it was not written to its end"
-    check_shapes(str(path), {name: leaf.shape for name, leaf in stored.items()}, _on_disk(leaves), way_out)
+    check_shapes(str(path), {name: leaf.shape for name, leaf in stored.items()}, shapes_on_disk(leaves), way_out)
     target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype or _memory_dtype(name, leaf, stored), sharding=where[name])
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or memory_dtype(name, leaf, stored), sharding=where[name])
         for name, leaf in leaves.items()
     }
+    restored = restore_leaves(path, target)
+    return jax.tree_util.tree_unflatten(structure, [restored[name] for name in leaves])
+
+
+def restore_leaves(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Restores parameters by their paths in memory, each onto its sharding; see `restore_params`.
+
+    Args:
+      target: path -> shape, dtype and sharding; of what lies below `path`, a part.
+
+    Raises:
+      CheckpointError: they cannot be read.
+    """
     restored: dict[str, jax.Array] = {}
-    for batch in _batches(target):
+    for batch in batches(target):
         wanted = {part.on_disk(name): _of_layer(target[name], part.layer) for part in batch for name in part.paths}
         largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in wanted.values())
         read, _ = flatten_params(_load(path, wanted, largest))
@@ -260,18 +342,18 @@ def restore_params(path: Path, abstract: Any, shardings: Any = None, *, dtype: A
                 if part.layer == 0:
                     restored |= zip(part.paths, _allocate(tuple(target[name] for name in part.paths)), strict=True)
                 buffers = tuple(restored[name] for name in part.paths)
-                arrays = _inserter(tuple(where[name] for name in part.paths))(buffers, arrays, part.layer)
+                arrays = _inserter(tuple(target[name].sharding for name in part.paths))(buffers, arrays, part.layer)
             restored |= zip(part.paths, arrays, strict=True)
-    return jax.tree_util.tree_unflatten(structure, [restored[name] for name in leaves])
+    return restored
 
 
-def _sharding_leaves(shardings: Any, count: int) -> Iterable[Sharding]:
+def sharding_leaves(shardings: Any, count: int) -> Iterable[Sharding]:
     if shardings is None:
         return [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * count
     return jax.tree_util.tree_leaves(shardings)
 
 
-def _memory_dtype(path: str, leaf: Any, stored: Mapping[str, StoredParam]) -> np.dtype:
+def memory_dtype(path: str, leaf: Any, stored: Mapping[str, StoredParam]) -> np.dtype:
     """The dtype that holds every stored layer of a parameter; what JAX makes of float64."""
     names = [_layer_path(path, layer) for layer in range(leaf.shape[0])] if _is_stacked(path) else [path]
     return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, (stored[name].dtype for name in names)))

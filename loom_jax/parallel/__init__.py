@@ -6,6 +6,7 @@ For a training loop:
   shardings = state_shardings(abstract_state, (trainable, frozen), mesh, preset)
   constrain = make_constrain(mesh)                            handed to the models
   begin, end = row_range(mesh, rows)                          rows of each batch that this process makes
+  with PreemptionNotice() as notice: ... notice.agreed()      SIGTERM to any process stops all after the same step
   batch = global_batch(local_batch, mesh)                     global arrays, for a jit with batch_sharding(mesh)
 """
 
@@ -18,7 +19,7 @@ from loom_jax.parallel.activations import (
     row_range,
 )
 from loom_jax.parallel.mesh import DATA_AXES, PRESETS, Preset, make_mesh
-from loom_jax.parallel.multihost import start_distributed
+from loom_jax.parallel.multihost import PreemptionNotice, start_distributed
 from loom_jax.parallel.rules import REPLICATED_LIMIT, RULES, ParamShape, flatten_params, logical_axes, shardings_for
 from loom_jax.parallel.states import state_shardings
 
@@ -29,6 +30,7 @@ __all__ = [
     "REPLICATED_LIMIT",
     "RULES",
     "ParamShape",
+    "PreemptionNotice",
     "Preset",
     "activation_spec",
     "batch_sharding",

@@ -80,7 +80,8 @@ def row_range(mesh: Mesh, rows: int) -> tuple[int, int]:
     """
     sharding = batch_sharding(mesh)
     activation_spec((rows,), ("batch",), mesh, strict=True)
-    parts = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()}
+    places = sharding.addressable_devices_indices_map((rows,)).values()
+    parts = {place[0].indices(rows)[:2] for place in places if place is not None}
     begin, end = min(part[0] for part in parts), max(part[1] for part in parts)
     if sum(stop - start for start, stop in parts) != end - begin:
         raise ConfigError(f"mesh {dict(mesh.shape)} gives process {jax.process_index()} rows that do not lie together")

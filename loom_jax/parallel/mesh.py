@@ -48,9 +48,9 @@ PRESETS: dict[str, Preset] = {
     "fsdp+tensor": Preset({"fsdp": -1, "tensor": 4}, _FSDP_TENSOR),
     "fsdp+context": Preset({"fsdp": -1, "context": 2}, _FSDP_CONTEXT),
 }
-"""single: one device. fsdp: parameters cut over all devices. hsdp: cut within a slice or node, copied
-across them (`data`, the axis for slow links). fsdp+tensor: heads, mlp and vocabulary cut too. fsdp+context: activations are cut along the packed length
-over `context`, parameters over both axes."""
+"""single: one device. fsdp: parameters cut over all devices. hsdp: cut within a slice or node, copied across them
+(`data`, the axis for slow links). fsdp+tensor: heads, mlp and vocabulary cut too. fsdp+context: activations are cut
+along the packed length over `context`, parameters over both axes."""
 
 
 def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -61,8 +61,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
       devices: which; all of them by default, for `single` the first.
 
     Raises:
-      ConfigError: the preset is not known, the sizes do not make up the number of devices, or axis `data` is no multiple
-        of the number of TPU slices: only it may go over the links between slices.
+      ConfigError: the preset is not known, the sizes do not make up the number of devices, or axis `data` is no
+        multiple of the number of TPU slices: only it may go over the links between slices.
     """
     if isinstance(axes, str):
         if axes not in PRESETS:

@@ -13,9 +13,9 @@ from loom_jax.parallel.rules import ParamShape, flatten_params, shardings_for
 def state_shardings(abstract_state: Any, params: Any, mesh: Mesh | AbstractMesh, preset: str) -> Any:
     """Returns the sharding of every leaf of a training state, in a tree of the same structure.
 
-    A leaf belongs to the parameter whose path ends its own (`optimizer/1/mu/lm_head/kernel`). With the parameter's shape
-    it gets its sharding; with all but one of the dimensions, as Adafactor's factored moments, that of the others. What
-    is left, counters and placeholders, is whole on every device.
+    A leaf belongs to the parameter whose path ends its own (`optimizer/1/mu/lm_head/kernel`). With the parameter's
+    shape it gets its sharding; with all but one of the dimensions, as Adafactor's factored moments, that of the others.
+    What is left, counters and placeholders, is whole on every device.
 
     Args:
       abstract_state: arrays or shapes in any tree, such as loom_jax.train.TrainState.
