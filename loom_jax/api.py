@@ -23,7 +23,7 @@ from loom_jax.checkpoint import load_module, read_folder
 from loom_jax.converters.bagel import from_orbax as export
 from loom_jax.converters.bagel import to_orbax as convert
 from loom_jax.core import ConfigError, LoomConfig
-from loom_jax.document import VAE_TRANSFORM, VIT_TRANSFORM, Encoder, ImageTransform, Tokenizer
+from loom_jax.document import Tokenizer, make_encoder
 from loom_jax.generate import Engine, Generator, ImageSettings, Request, Result, TextSettings
 from loom_jax.models import Autoencoder, LoomModel
 from loom_jax.nn import ATTENTION_BACKENDS
@@ -68,20 +68,3 @@ def load(
     tokenizer = Tokenizer.from_folder(converted.path)
     engine = Engine(model, vae, tokenizer.special, len(tokenizer), ATTENTION_BACKENDS[attention])
     return Generator(converted.config, engine, make_encoder(converted.config, tokenizer))
-
-
-def make_encoder(config: LoomConfig, tokenizer: Tokenizer) -> Encoder:
-    """Returns the document encoder of a model: the release's image bounds, or what its position tables can hold."""
-    return Encoder(
-        tokenizer=tokenizer,
-        latent_stride=config.latent_stride,
-        vit_patch=config.vit.patch_size,
-        vae_transform=_bounded(VAE_TRANSFORM, config.latent_stride, config.max_latent_size),
-        vit_transform=_bounded(VIT_TRANSFORM, config.vit.patch_size, config.vit_max_num_patch_per_side),
-    )
-
-
-def _bounded(transform: ImageTransform, cell: int, side: int) -> ImageTransform:
-    """Returns a transform whose pictures fit into a position table of side x side cells."""
-    largest = min(transform.max_size, cell * side)
-    return ImageTransform(largest, min(transform.min_size, largest // 2), cell, transform.max_pixels)

@@ -6,6 +6,7 @@ from loom_jax.core.config import (
     DecoderConfig,
     LoomConfig,
     SiglipConfig,
+    apply_overrides,
     from_mapping,
     to_mapping,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "LoomError",
     "SiglipConfig",
     "TokenizerError",
+    "apply_overrides",
     "from_mapping",
     "run_command",
     "to_mapping",

@@ -5,10 +5,12 @@ Every size that a network needs stands here: the converters read it from a check
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from loom_jax.core.errors import ConfigError
@@ -118,15 +120,13 @@ class LoomConfig:
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """Returns a dataclass as nested plain dicts, lists and scalars that JSON can hold."""
-    out: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            value = to_mapping(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        out[field.name] = value
-    return out
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
@@ -175,3 +175,46 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where}={value!r} is a {type(value).__name__}, expected {hint.__name__}")
     return value
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns a nested mapping with values replaced by overrides such as `optimizer.learning_rate=1e-4`.
+
+    Values are read as Python literals, and as text where they are none. Parts of a list are named by their number:
+    `data.mixture.0.weight=2`. Keys need not be there before: whether they may be is for `from_mapping` to say.
+
+    Raises:
+      ConfigError: an override has no `=`, or leads through something that holds no keys.
+    """
+    out = copy.deepcopy(dict(mapping))
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"override {override!r}: expected KEY=VALUE, such as optimizer.learning_rate=1e-4")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        _set(out, path.split("."), value, override)
+    return out
+
+
+def _set(node: Any, names: Sequence[str], value: Any, override: str) -> None:
+    """Puts `value` at the place that `names` lead to."""
+    for place, name in enumerate(names):
+        last = place == len(names) - 1
+        if isinstance(node, list):
+            if not name.isdigit() or int(name) >= len(node):
+                raise ConfigError(f"override {override!r}: {name!r} is not the number of one of {len(node)} entries")
+            key: Any = int(name)
+        elif isinstance(node, dict):
+            key = name
+            if not last and node.get(key) is None:
+                node[key] = {}
+            elif not last and isinstance(node[key], tuple):
+                node[key] = list(node[key])
+        else:
+            raise ConfigError(f"override {override!r}: {'.'.join(names[:place])} holds a value, not keys")
+        if last:
+            node[key] = value
+        node = node[key]

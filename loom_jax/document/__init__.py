@@ -10,7 +10,7 @@ from loom_jax.document.document import (
     TextTokens,
     drop_segments,
 )
-from loom_jax.document.encode import Encoder
+from loom_jax.document.encode import Encoder, make_encoder
 from loom_jax.document.history import POLICIES, HistoryPolicy
 from loom_jax.document.interleave import (
     ENTITY_TOKENS,
@@ -51,6 +51,7 @@ from loom_jax.document.transforms import (
     VAE_TRANSFORM,
     VIT_TRANSFORM,
     ImageTransform,
+    bounded_transform,
     normalize,
     open_image,
     pack_latent,
@@ -98,6 +99,7 @@ __all__ = [
     "Turn",
     "Weighting",
     "assign_entities",
+    "bounded_transform",
     "branch",
     "count_time_tokens",
     "drop_segments",
@@ -110,6 +112,7 @@ __all__ = [
     "label_weight",
     "lay_out",
     "learned_frames",
+    "make_encoder",
     "may_attend",
     "normalize",
     "open_image",

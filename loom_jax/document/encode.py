@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image as PILImage
 
-from loom_jax.core import ConfigError
+from loom_jax.core import ConfigError, LoomConfig
 from loom_jax.document.document import EncodedSegment, ImageTokens, Picture, Role, Segment, Text, TextTokens
 from loom_jax.document.layout import SpecialIds
 from loom_jax.document.tokenizer import Tokenizer
@@ -16,6 +16,7 @@ from loom_jax.document.transforms import (
     VAE_TRANSFORM,
     VIT_TRANSFORM,
     ImageTransform,
+    bounded_transform,
     normalize,
     patchify,
     to_rgb,
@@ -115,3 +116,23 @@ class Encoder:
             pixels=pixels,
             droppable=picture.droppable,
         )
+
+
+def make_encoder(config: LoomConfig, tokenizer: Tokenizer) -> Encoder:
+    """Returns the document encoder of a model: the release's image bounds, or what its position tables can hold.
+
+    Raises:
+      ConfigError: the tokenizer has more tokens than the embedding table has rows.
+    """
+    if len(tokenizer) > config.decoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding table {config.decoder.vocab_size} rows: "
+            "raise model.decoder.vocab_size, or use fewer added tokens"
+        )
+    return Encoder(
+        tokenizer=tokenizer,
+        latent_stride=config.latent_stride,
+        vit_patch=config.vit.patch_size,
+        vae_transform=bounded_transform(VAE_TRANSFORM, config.latent_stride, config.max_latent_size),
+        vit_transform=bounded_transform(VIT_TRANSFORM, config.vit.patch_size, config.vit_max_num_patch_per_side),
+    )

@@ -76,6 +76,16 @@ class Tokenizer:
         _add_configured_tokens(inner, folder / _CONFIG)
         return cls(inner)
 
+    @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """Returns a tokenizer without merges, a token for each byte: for models that start from nothing."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        return cls(_qwen2(models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes tokenizer.json with all added tokens into a folder."""
+        self._inner.save(str(Path(folder) / _TOKENIZER))
+
     def __len__(self) -> int:
         """Number of tokens with the added ones; not the size of the embedding table, which may be larger."""
         return self._inner.get_vocab_size(with_added_tokens=True)

@@ -131,6 +131,12 @@ VAE_TRANSFORM = ImageTransform(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageTransform(max_size=980, min_size=224, stride=14)
 
 
+def bounded_transform(transform: ImageTransform, cell: int, side: int) -> ImageTransform:
+    """Returns a transform whose pictures fit into a position table of side x side cells of `cell` pixels."""
+    largest = min(transform.max_size, cell * side)
+    return ImageTransform(largest, min(transform.min_size, largest // 2), cell, transform.max_pixels)
+
+
 def normalize(image: PILImage.Image) -> np.ndarray:
     """Returns an RGB picture as float32 [H, W, 3] in [-1, 1].
 

@@ -17,6 +17,8 @@ class Purpose(enum.IntEnum):
     TIMESTEP = 4
     FLOW_NOISE = 5
     ROUNDING = 6
+    ADAPTERS = 7
+    HELD_OUT = 8
 
 
 def make_key(seed: int | jax.Array, purpose: Purpose, step: int | jax.Array = 0) -> jax.Array:

@@ -1,7 +1,24 @@
-"""Training: for now the losses and the forward pass that they are taken from."""
+"""Training: configuration, state, losses, optimizer, the pure step, and the loop around it."""
 
+from loom_jax.train.config import (
+    EmaConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SaveConfig,
+    TrainConfig,
+    WatchConfig,
+)
+from loom_jax.train.flops import flop_coefficients, peak_tflops, training_flops
+from loom_jax.train.held_out import HeldOut
+from loom_jax.train.job import Job, build_job
+from loom_jax.train.latents import clean_latents, encode_canvas, sample_moments
+from loom_jax.train.log import TrainLog
+from loom_jax.train.loop import Hook, Hooks, train
 from loom_jax.train.losses import (
     LossSums,
+    chunked_cross_entropy,
     cross_entropy,
     loss_sums,
     mean_losses,
@@ -9,13 +26,67 @@ from loom_jax.train.losses import (
     training_forward,
     velocity_error,
 )
+from loom_jax.train.optimizer import apply_updates, decay_mask, learning_rate, make_optimizer, round_stochastically
+from loom_jax.train.replay import replay
+from loom_jax.train.state import (
+    ALWAYS_FROZEN,
+    TrainState,
+    init_state,
+    parameter_names,
+    split_model,
+    trainable_filter,
+    update_ema,
+)
+from loom_jax.train.step import Draws, Metrics, StepParts, batch_losses, draw, gradients, make_train_step
 
 __all__ = [
+    "ALWAYS_FROZEN",
+    "Draws",
+    "EmaConfig",
+    "HeldOut",
+    "Hook",
+    "Hooks",
+    "Job",
+    "LoraConfig",
+    "LossConfig",
     "LossSums",
+    "MeshConfig",
+    "Metrics",
+    "OptimizerConfig",
+    "SaveConfig",
+    "StepParts",
+    "TrainConfig",
+    "TrainLog",
+    "TrainState",
+    "WatchConfig",
+    "apply_updates",
+    "batch_losses",
+    "build_job",
+    "chunked_cross_entropy",
+    "clean_latents",
     "cross_entropy",
+    "decay_mask",
+    "draw",
+    "encode_canvas",
+    "flop_coefficients",
+    "gradients",
+    "init_state",
+    "learning_rate",
     "loss_sums",
+    "make_optimizer",
+    "make_train_step",
     "mean_losses",
+    "parameter_names",
+    "peak_tflops",
+    "replay",
+    "round_stochastically",
+    "sample_moments",
+    "split_model",
     "split_timesteps",
+    "train",
+    "trainable_filter",
+    "training_flops",
     "training_forward",
+    "update_ema",
     "velocity_error",
 ]

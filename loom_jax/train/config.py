@@ -120,6 +120,7 @@ class TrainConfig:
 
     Attributes:
       model: sizes of the networks; must equal those of `init_from`.
+      held_out: rows that are never trained on, for watch.held_out_every.
       init_from: converted folder to start from; without one all weights are drawn from `seed`.
       frozen: patterns of parameter paths that are not trained (`vit/*`).
       freeze_und: the original's flag: gradients of und activations are cut.
@@ -132,6 +133,7 @@ class TrainConfig:
 
     model: LoomConfig
     data: DataConfig
+    held_out: DataConfig | None = None
     init_from: str | None = None
     total_steps: int = 500_000
     seed: int = 42
@@ -155,5 +157,7 @@ class TrainConfig:
             raise ConfigError(f"microbatches={self.microbatches}: must be at least 1")
         if len(self.mesh.axes) != len(self.mesh.sizes):
             raise ConfigError(f"mesh.axes={self.mesh.axes} and mesh.sizes={self.mesh.sizes}: must be equally many")
+        if self.watch.held_out_every and self.held_out is None:
+            raise ConfigError(f"watch.held_out_every={self.watch.held_out_every}, but no held_out data is given")
         if self.lora.rank < 0:
             raise ConfigError(f"lora.rank={self.lora.rank}: must be at least 0 (0 trains whole parameters)")

@@ -57,7 +57,7 @@ class LatentEncoder:
         Raises:
           BadRow: a picture cannot be decoded.
         """
-        pictures = next((row[name] for name in COLUMNS if row.get(name) is not None), [])
+        pictures: Any = next((row[name] for name in COLUMNS if row.get(name) is not None), [])
         moments = []
         for number, encoded in enumerate([pictures] if isinstance(pictures, bytes) else pictures):
             try:

@@ -1,0 +1,193 @@
+"""Putting a training job together: mesh, weights, state, compiled step, data, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from loom_jax.checkpoint import ModelFolder, read_folder, restore_component
+from loom_jax.core import ConfigError, LoomConfig, to_mapping
+from loom_jax.data import RECIPES, DataConfig, Pipeline, Tables, make_pipeline
+from loom_jax.document import LOOM_TOKENS, Encoder, Tokenizer, make_encoder
+from loom_jax.models import Autoencoder, LoomModel, add_lora
+from loom_jax.nn import ATTENTION_BACKENDS, Purpose, make_key
+from loom_jax.parallel import batch_sharding, make_constrain, make_mesh, row_range, shardings_for, state_shardings
+from loom_jax.train.config import TrainConfig
+from loom_jax.train.optimizer import make_optimizer
+from loom_jax.train.state import TrainState, init_state, parameter_names, split_model
+from loom_jax.train.step import StepParts, make_train_step
+
+
+@dataclasses.dataclass
+class Job:
+    """A training job, ready to run.
+
+    Attributes:
+      parts: structures and functions of the step.
+      step: the jitted `step(state, vae_params, batch) -> (state, metrics)`; the state is donated.
+      abstract_state, shardings: shapes and places of the state.
+      source: the converted folder that the job starts from, if any.
+      names: trained parameters, in the order of `Metrics.finite`.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    parts: StepParts
+    step: Any
+    abstract_state: TrainState
+    shardings: TrainState
+    vae_params: Any
+    encoder: Encoder
+    source: ModelFolder | None
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of the trained parameters."""
+        return parameter_names(self.abstract_state.trainable)
+
+    def new_state(self) -> TrainState:
+        """Returns the state before the first step, on the mesh: weights of the source folder, or from the seed."""
+        config = self.config
+        build = _builder(config)
+        optimizer = self.parts.optimizer
+        if self.source is None:
+
+            def draw() -> TrainState:
+                _, trainable, frozen = split_model(build(), config)
+                return init_state(trainable, frozen, optimizer, config.ema)
+
+            return jax.jit(draw, out_shardings=self.shardings)()
+        base = nnx.eval_shape(lambda: _build_model(config))
+        graphdef, abstract = nnx.split(base, nnx.Param)
+        stored = restore_component(
+            self.source,
+            "model",
+            abstract,
+            mesh=self.mesh,
+            preset=config.mesh.preset,
+            dtype=jnp.dtype(config.param_dtype),
+        )
+
+        def begin(params: Any) -> TrainState:
+            model = nnx.merge(graphdef, params)
+            _add_adapters(model, config)
+            _, trainable, frozen = split_model(model, config)
+            return init_state(trainable, frozen, optimizer, config.ema)
+
+        return jax.jit(begin, out_shardings=self.shardings, donate_argnums=0)(stored)
+
+    def open_data(self, config: DataConfig | None = None) -> Pipeline:
+        """Returns the batches of this process."""
+        config = config or self.config.data
+        begin, end = row_range(self.mesh, config.rows)
+        count = config.rows // (end - begin)
+        return make_pipeline(config, self.encoder, Tables.of(self.config.model), begin // (end - begin), count)
+
+
+def build_job(config: TrainConfig) -> Job:
+    """Puts a job together; allocates the autoencoder alone.
+
+    Raises:
+      ConfigError: the configuration contradicts itself or the folder it starts from.
+      CheckpointError: that folder cannot be used.
+    """
+    mesh = make_mesh(dict(zip(config.mesh.axes, config.mesh.sizes, strict=True)) or config.mesh.preset)
+    source = None if config.init_from is None else read_folder(config.init_from)
+    if source is not None:
+        _check_same(source.config, config.model, config.init_from)
+    if config.attention not in ATTENTION_BACKENDS:
+        raise ConfigError(f"attention={config.attention!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    vae_graphdef, vae_params = _autoencoder(config, source, mesh)
+    model = nnx.eval_shape(_builder(config))
+    graphdef, trainable, frozen = split_model(model, config)
+    if not jax.tree.leaves(trainable):
+        raise ConfigError(f"nothing is trained: frozen={config.frozen} covers every parameter")
+    abstract = jax.eval_shape(lambda t, f: init_state(t, f, optimizer, config.ema), trainable, frozen)
+    shardings = state_shardings(abstract, (trainable, frozen), mesh, config.mesh.preset)
+    parts = StepParts(
+        graphdef, vae_graphdef, optimizer, config, ATTENTION_BACKENDS[config.attention], make_constrain(mesh)
+    )
+    whole = NamedSharding(mesh, P())
+    step = jax.jit(
+        make_train_step(parts),
+        in_shardings=(shardings, jax.tree.map(lambda a: a.sharding, vae_params), batch_sharding(mesh)),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    encoder = make_encoder(config.model, _tokenizer(config, source))
+    return Job(config, mesh, parts, step, abstract, shardings, vae_params, encoder, source)
+
+
+def _builder(config: TrainConfig) -> Any:
+    """Returns a function that builds the model with its adapters."""
+
+    def build() -> LoomModel:
+        model = _build_model(config)
+        _add_adapters(model, config)
+        return model
+
+    return build
+
+
+def _build_model(config: TrainConfig) -> LoomModel:
+    rngs = nnx.Rngs(params=make_key(config.seed, Purpose.INIT))
+    return LoomModel(config.model, rngs=rngs, dtype=compute_dtype(config), param_dtype=jnp.dtype(config.param_dtype))
+
+
+def _add_adapters(model: LoomModel, config: TrainConfig) -> None:
+    if config.lora.rank:
+        rngs = nnx.Rngs(params=make_key(config.seed, Purpose.ADAPTERS))
+        add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, rngs)
+
+
+def compute_dtype(config: TrainConfig) -> Any:
+    """Returns the dtype of the forward and backward pass."""
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def _autoencoder(config: TrainConfig, source: ModelFolder | None, mesh: Mesh) -> tuple[Any, Any]:
+    """Returns structure and parameters of the frozen autoencoder, on the mesh."""
+
+    def build() -> Autoencoder:
+        return Autoencoder(config.model.vae, rngs=nnx.Rngs(params=make_key(config.seed, Purpose.INIT, 1)))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(build), nnx.Param)
+    preset = config.mesh.preset
+    if source is not None:
+        return graphdef, restore_component(source, "vae", abstract, mesh=mesh, preset=preset, dtype=jnp.float32)
+    shardings = shardings_for(abstract, mesh, preset)
+    return graphdef, jax.jit(lambda: nnx.split(build(), nnx.Param)[1], out_shardings=shardings)()
+
+
+def _tokenizer(config: TrainConfig, source: ModelFolder | None) -> Tokenizer:
+    """The tokenizer of the source folder, or one of bytes; with Loom's tokens where a recipe writes some."""
+    tokenizer = Tokenizer.of_bytes() if source is None else Tokenizer.from_folder(source.path)
+    needed = any(RECIPES[entry.recipe].tokens for entry in config.data.mixture if entry.recipe in RECIPES)
+    return tokenizer.with_tokens(LOOM_TOKENS) if needed else tokenizer
+
+
+def _check_same(found: LoomConfig, expected: LoomConfig, folder: Any) -> None:
+    """Raises ConfigError, naming the first key, where a folder holds another model than the configuration says."""
+
+    def flat(mapping: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in mapping.items():
+            out |= flat(value, f"{where}.{key}") if isinstance(value, Mapping) else {f"{where}.{key}": value}
+        return out
+
+    stored, asked = flat(to_mapping(found)), flat(to_mapping(expected))
+    for key in ("model.timestep_shift",):  # a setting of the job, not a size
+        stored.pop(key, None), asked.pop(key, None)
+    for key, value in asked.items():
+        if stored[key] != value:
+            raise ConfigError(f"{key}={value!r}, but {folder} holds a model with {stored[key]!r}: give that value")

@@ -1,0 +1,170 @@
+"""The log of a run: JSON lines, TensorBoard, and a table on the console. Metrics are read one step late."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from loom_jax.core import LoomError
+from loom_jax.train.config import TrainConfig
+from loom_jax.train.flops import peak_tflops, training_flops
+from loom_jax.train.step import Metrics
+
+SHOWN = ("step", "loss", "ce", "mse", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds", "mfu")
+"""Columns of the console table."""
+
+
+class TrainLog:
+    """Writes what steps report. A step is read when the next one has been handed to the device, so nothing waits.
+
+    Args:
+      folder: where metrics.jsonl and TensorBoard's files go; None in processes that do not write.
+      config: of the run.
+      names: parameter names, in the order of `Metrics.finite`.
+      learning_rate: step -> rate.
+    """
+
+    def __init__(self, folder: Path | None, config: TrainConfig, names: Sequence[str], learning_rate: Any):
+        self._config, self._names, self._rate = config, [*names, "the loss"], learning_rate
+        self._pending: tuple[int, Metrics, Mapping[str, float]] | None = None
+        self._window: list[tuple[float, float, float]] = []
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._lines = 0
+        self._peak = peak_tflops(jax.devices()[0].device_kind)
+        self._file = self._board = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = _event_writer(folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.flush()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def waited_for_data(self, seconds: float) -> None:
+        """Adds to the time in which the step waited for its batch."""
+        self._waited += seconds
+
+    def put(self, step: int, metrics: Metrics, data: Mapping[str, float]) -> None:
+        """Takes the metrics of a step that may still be running, and reads those of the step before.
+
+        Raises:
+          LoomError: too many steps in a row were not finite; the first tensor is named.
+        """
+        before, self._pending = self._pending, (step, metrics, dict(data))
+        if before is not None:
+            self._read(*before)
+
+    def flush(self) -> None:
+        """Reads what is still pending."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._read(*pending)
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Writes one line of values."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and self._board is not None:
+                _add_scalar(self._board, name, value, step)
+
+    def _read(self, step: int, metrics: Metrics, data: Mapping[str, float]) -> None:
+        values = jax.device_get(metrics)
+        tokens = float(values.und_tokens + values.gen_tokens)
+        flops = training_flops(self._config.model.decoder, tokens, float(values.squared_lengths))
+        self._window.append((float(values.und_tokens), float(values.gen_tokens), flops))
+        if values.skipped:
+            self._skipped(step, values)
+        if step % self._config.watch.log_every == 0 or step == 1:
+            self.write(step, self._line(step, values, data))
+
+    def _skipped(self, step: int, values: Metrics) -> None:
+        names = [name for name, finite in zip(self._names, values.finite, strict=True) if not finite]
+        self.write(step, {"event": "skipped", "not_finite": names[0], "not_finite_count": len(names)})
+        if int(values.bad_steps) >= self._config.watch.max_bad_steps:
+            raise LoomError(
+                f"step {step} is the {int(values.bad_steps)}th in a row that is not finite, first in {names[0]}: "
+                f"look at it with --replay-step {step}, lower the learning rate, or raise watch.max_bad_steps"
+            )
+
+    def _line(self, step: int, values: Metrics, data: Mapping[str, float]) -> dict[str, float]:
+        now = time.perf_counter()
+        steps, elapsed = len(self._window), now - self._started
+        und, gen, flops = (sum(column) for column in zip(*self._window, strict=True))
+        line = {
+            "loss": float(values.loss),
+            "ce": float(values.ce),
+            "mse": float(values.mse),
+            "ce_count": float(values.ce_count),
+            "mse_count": float(values.mse_count),
+            "grad_norm": float(values.grad_norm),
+            "learning_rate": float(self._rate(step - 1)),
+            "step_seconds": elapsed / steps,
+            "tokens_per_second": (und + gen) / elapsed,
+            "und_tokens_per_second": und / elapsed,
+            "gen_tokens_per_second": gen / elapsed,
+            "data_wait_share": self._waited / elapsed,
+            "tflops_per_device": flops / elapsed / 1e12 / jax.device_count(),
+            **{f"data/{name}": value for name, value in data.items()},
+            **_memory(),
+        }
+        if self._peak is not None:
+            line["mfu"] = line["tflops_per_device"] / self._peak
+        self._show({"step": step, **line})
+        self._window, self._started, self._waited = [], now, 0.0
+        return line
+
+    def _show(self, line: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
+        shown = [name for name in SHOWN if name in line]
+        if self._lines % 20 == 0:
+            _console().print(" ".join(f"{name:>17}" for name in shown), style="bold", highlight=False)
+        self._lines += 1
+        _console().print(" ".join(f"{line[name]:>17.6g}" for name in shown), highlight=False)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=200)
+
+
+def _memory() -> dict[str, float]:
+    """Peak bytes of the first device, where it can tell."""
+    stats = jax.local_devices()[0].memory_stats()
+    return {"device_peak_gib": stats["peak_bytes_in_use"] / 2**30} if stats and "peak_bytes_in_use" in stats else {}
+
+
+def _event_writer(folder: Path) -> Any:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    return EventFileWriter(str(folder / "tensorboard"))
+
+
+def _add_scalar(writer: Any, name: str, value: float, step: int) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    summary = Summary(value=[Summary.Value(tag=name, simple_value=float(np.float32(value)))])
+    writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

@@ -1,0 +1,100 @@
+"""The training loop, from the first step or the last checkpoint to the end."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+import loom_jax
+from loom_jax.checkpoint import RunCheckpoints, start_run
+from loom_jax.core import to_mapping
+from loom_jax.parallel import PreemptionNotice, global_batch
+from loom_jax.train.config import TrainConfig
+from loom_jax.train.held_out import HeldOut
+from loom_jax.train.job import Job, build_job
+from loom_jax.train.log import TrainLog
+from loom_jax.train.optimizer import learning_rate
+from loom_jax.train.profile import ProfileWindow
+from loom_jax.train.state import TrainState
+
+
+class Hook(Protocol):
+    """Something to be done between steps, such as drawing sample pictures."""
+
+    def due(self, step: int) -> bool:
+        """Whether it is to be done after `step`."""
+        ...
+
+    def run(self, step: int, state: TrainState) -> None:
+        """Does it; the state must not be kept."""
+        ...
+
+
+Hooks = Callable[[Job, Path], Sequence[Hook]]
+
+
+def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> TrainState:
+    """Trains until `config.total_steps`, going on where `workdir` stopped; returns the last state.
+
+    A SIGTERM ends the run after the step at hand, with a checkpoint.
+
+    Raises:
+      ConfigError: the configuration cannot be used.
+      CheckpointError: `workdir` belongs to another run.
+      LoomError: the run had to stop: too many bad rows, steps that are not finite, a disk that is full.
+    """
+    job = build_job(config)
+    _start_folder(job, workdir)
+    checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
+    data = job.open_data()
+    restored = checkpoints.restore(job.abstract_state, job.shardings)
+    if restored is None:
+        state, first = job.new_state(), 0
+    else:
+        state, first = restored.state, restored.step
+        data.set_state(restored.own_data())
+    rate = learning_rate(config.optimizer, config.total_steps)
+    folder = workdir if jax.process_index() == 0 else None
+    held_out, others = HeldOut(job), hooks(job, workdir) if hooks else ()
+    profile = ProfileWindow(workdir, config.watch.profile_start, config.watch.profile_steps)
+
+    with TrainLog(folder, config, job.names, rate) as log, checkpoints, PreemptionNotice() as notice:
+        for step in range(first + 1, config.total_steps + 1):
+            began = time.perf_counter()
+            batch = next(data)
+            log.waited_for_data(time.perf_counter() - began)
+            with profile.step(step):
+                state, metrics = job.step(state, job.vae_params, global_batch(batch, job.mesh))
+            log.put(step, metrics, data.stats)
+            if held_out.due(step):
+                log.write(step, held_out.measure(state))
+            for hook in others:
+                if hook.due(step):
+                    hook.run(step, state)
+            stop = step == config.total_steps or notice.agreed()
+            if stop or checkpoints.due(step):
+                log.flush()
+                checkpoints.save(step, state, data.get_state(), {"preempted": step < config.total_steps and stop})
+            checkpoints.check()
+            if stop:
+                break
+    data.close()
+    return state
+
+
+def _start_folder(job: Job, workdir: Path) -> None:
+    """Makes the run folder, or checks the one that is there; it holds all that an export needs."""
+    with tempfile.TemporaryDirectory(prefix="loom_run_") as scratch:
+        files = Path(scratch)
+        for name in job.source.files if job.source is not None else ():
+            shutil.copyfile(job.source.path / name, files / name)
+        job.encoder.tokenizer.save(files)
+        names = tuple(sorted(path.name for path in files.iterdir()))
+        created_by = f"loom_jax {loom_jax.__version__}"
+        start_run(workdir, job.config.model, to_mapping(job.config), files, names, job.vae_params, created_by)
