@@ -122,13 +122,8 @@ def measure(budget: Budget, num_rows: int, look_ahead: float, batches: int) -> s
 def tiny(batches: int) -> str:
     """Packs the tiny data, pixels and all, and returns one line about it."""
     folder = Path(__file__).parents[1] / "tests" / "assets" / "bagel_tiny"
-    encoder = Encoder(
-        Tokenizer.from_folder(folder).with_tokens(LOOM_TOKENS),
-        16,
-        8,
-        ImageTransform(128, 64, 16),
-        ImageTransform(96, 48, 8),
-    )
+    tokenizer = Tokenizer.from_folder(folder).with_tokens(LOOM_TOKENS)
+    encoder = Encoder(tokenizer, 16, 8, ImageTransform(128, 64, 16), ImageTransform(96, 48, 8))
     config = from_mapping(
         DataConfig,
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -251,7 +252,8 @@ class _Shard:
     def _elements(self) -> Iterator[Element]:
         # Begun when the first element is asked for: a pipeline that gets a state starts its workers only once.
         self._iterator = iter(_dataset(self._remaining, self._reader, self._config, self._workers))
-        yield from self._iterator
+        for element in self._iterator:
+            yield pickle.loads(element) if self._workers else element
 
 
 class Remaining:
@@ -273,14 +275,21 @@ def _dataset(remaining: Remaining, reader: Reader, config: DataConfig, workers: 
     import grain
 
     read = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads * 2)
-    dataset = grain.MapDataset.source(remaining).map(reader).to_iter_dataset(read)
+    elements = grain.MapDataset.source(remaining).map(reader)
     if not workers:
-        return dataset
+        return elements.to_iter_dataset(read)
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only programs run by absl.app have parsed
+    dataset = elements.map(_as_array).to_iter_dataset(read)
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=config.buffer))
+
+
+def _as_array(element: Element) -> np.ndarray:
+    """Returns a pickled element as one array: grain hands arrays over in shared memory, and other things through a pipe
+    that stays full when reading ends, which keeps its workers from ending for 25 s."""
+    return np.frombuffer(pickle.dumps(element, protocol=5), np.uint8)
 
 
 def mean_need(config: DataConfig, encoder: Encoder, sources: Sequence[Source], count: int) -> np.ndarray:
