@@ -15,7 +15,7 @@ from loom_jax.train import Hook, Job, TrainState
 
 
 class SamplePictures:
-    """Draws `watch.sample_prompts` into `samples/<step>/` of the run folder, from the moving average if there is one."""
+    """Draws `watch.sample_prompts` into `samples/<step>/` of the run folder, by the moving average if there is one."""
 
     def __init__(self, job: Job, workdir: Path):
         self._job, self._folder = job, workdir / "samples"

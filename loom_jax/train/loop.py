@@ -92,8 +92,9 @@ def _start_folder(job: Job, workdir: Path) -> None:
     """Makes the run folder, or checks the one that is there; it holds all that an export needs."""
     with tempfile.TemporaryDirectory(prefix="loom_run_") as scratch:
         files = Path(scratch)
-        for name in job.source.files if job.source is not None else ():
-            shutil.copyfile(job.source.path / name, files / name)
+        if job.source is not None:
+            for name in job.source.files:
+                shutil.copyfile(job.source.path / name, files / name)
         job.encoder.tokenizer.save(files)
         names = tuple(sorted(path.name for path in files.iterdir()))
         created_by = f"loom_jax {loom_jax.__version__}"

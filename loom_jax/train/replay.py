@@ -48,7 +48,8 @@ def replay(config: TrainConfig, workdir: Path, step: int) -> Path:
     data.close()
     folder = workdir / f"replay_{step}"
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / "batch.npz", **_named(batch))
+    arrays: dict[str, Any] = _named(batch)
+    np.savez_compressed(folder / "batch.npz", **arrays)
     norms = _norms(job, state._replace(step=jnp.int32(step - 1)), global_batch(batch, job.mesh))
     found = {"step": step, "weights_of_step": before[-1] if before else 0, **norms}
     (folder / "norms.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
