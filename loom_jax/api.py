@@ -6,10 +6,14 @@ api.convert("BAGEL-7B-MoT", "bagel_7b")
 generator = api.load("bagel_7b")
 [result] = generator.generate([api.Request(("A small boat on a quiet lake",))])
 result.image.save("boat.png")
+
+`interleave(generator, [InterleavedRequest(...)])` makes sequences of texts and pictures, for which the tokenizer needs
+Loom's tokens: `load("bagel_7b", tokens=LOOM_TOKENS)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,49 @@ from jax.typing import DTypeLike
 from loom_jax.checkpoint import load_module, read_folder
 from loom_jax.converters.bagel import from_orbax as export
 from loom_jax.converters.bagel import to_orbax as convert
-from loom_jax.core import ConfigError, LoomConfig
-from loom_jax.document import Tokenizer, make_encoder
-from loom_jax.generate import Engine, Generator, ImageSettings, Request, Result, TextSettings
-from loom_jax.models import Autoencoder, LoomModel
+from loom_jax.core import ConfigError, LoomConfig, TokenizerError
+from loom_jax.document import LOOM_TOKENS, HistoryPolicy, Tokenizer, make_encoder
+from loom_jax.generate import (
+    LOOM_SETTINGS,
+    Done,
+    Engine,
+    FrameMade,
+    Generator,
+    ImageSettings,
+    InterleavedRequest,
+    PlanWritten,
+    Preview,
+    Request,
+    RequestFailed,
+    Result,
+    TextSettings,
+    TurnStarted,
+    interleave,
+)
+from loom_jax.models import Autoencoder, Backend, LoomModel
 from loom_jax.nn import ATTENTION_BACKENDS
+from loom_jax.parallel import make_constrain, make_mesh
 
-__all__ = ["ImageSettings", "Request", "Result", "TextSettings", "convert", "export", "load"]
+__all__ = [
+    "LOOM_SETTINGS",
+    "LOOM_TOKENS",
+    "Done",
+    "FrameMade",
+    "HistoryPolicy",
+    "ImageSettings",
+    "InterleavedRequest",
+    "PlanWritten",
+    "Preview",
+    "Request",
+    "RequestFailed",
+    "Result",
+    "TextSettings",
+    "TurnStarted",
+    "convert",
+    "export",
+    "interleave",
+    "load",
+]
 
 
 def load(
@@ -38,6 +78,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
     attention: str = "auto",
+    tokens: Sequence[str] = (),
 ) -> Generator:
     """Loads a converted folder, ready to generate.
 
@@ -47,9 +88,12 @@ def load(
       mesh: the devices; by default `make_mesh(preset)`.
       dtype: of weights and computation; by default bfloat16 on accelerators and float32 on CPU.
       attention: a key of loom_jax.nn.ATTENTION_BACKENDS.
+      tokens: that the tokenizer must have, such as LOOM_TOKENS; those that it lacks get the ids after its last one,
+        with embeddings that this checkpoint has not learned.
 
     Raises:
       CheckpointError: the folder is not a converted model, or is broken.
+      TokenizerError: the embedding table has no rows for `tokens`.
       ConfigError: `attention` or `preset` is not known.
     """
     if attention not in ATTENTION_BACKENDS:
@@ -57,7 +101,10 @@ def load(
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     converted = read_folder(folder)
+    tokenizer = add_tokens(Tokenizer.from_folder(converted.path), tokens, converted.config)
+    mesh = mesh or make_mesh(preset)
     place: dict[str, Any] = {"mesh": mesh, "preset": preset}
+    backend = Backend(ATTENTION_BACKENDS[attention], make_constrain(mesh))
 
     def build(config: LoomConfig) -> LoomModel:
         return LoomModel(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
@@ -65,6 +112,21 @@ def load(
     model = load_module(converted, "model", build, dtype=dtype, **place)
     # The autoencoder stays in float32: it is small, and the release ships it so.
     vae = load_module(converted, "vae", lambda c: Autoencoder(c.vae, rngs=nnx.Rngs(0)), dtype=jnp.float32, **place)
-    tokenizer = Tokenizer.from_folder(converted.path)
-    engine = Engine(model, vae, tokenizer.special, len(tokenizer), ATTENTION_BACKENDS[attention])
+    engine = Engine(model, vae, tokenizer.special, len(tokenizer), backend)
     return Generator(converted.config, engine, make_encoder(converted.config, tokenizer))
+
+
+def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], config: LoomConfig) -> Tokenizer:
+    """Returns a tokenizer that has `tokens`: those that it lacks get the ids after its last one.
+
+    Raises:
+      TokenizerError: the embedding table has no rows for them.
+    """
+    extended, rows = tokenizer.with_tokens(tokens), config.decoder.vocab_size
+    beyond = [token for token in tokens if extended.token_id(token) >= rows]
+    if beyond:
+        raise TokenizerError(
+            f"the embedding table has {rows} rows, none for {len(beyond)} of {len(tokens)} added tokens, {beyond[0]!r} "
+            f"first (id {extended.token_id(beyond[0])}): add fewer tokens, or take a checkpoint with more rows"
+        )
+    return extended

@@ -10,6 +10,7 @@ from flax import nnx
 from loom_jax.data import Budget, pack
 from loom_jax.document import ImageTokens, LayoutState
 from loom_jax.generate import branch_velocity, empty_context, extend_context, start_context, take_rows
+from loom_jax.models import Backend
 from loom_jax.nn import blockwise_attention
 from tests import tiny
 
@@ -29,7 +30,7 @@ def calls():
     def extend(params, context, streams, latents, position, split):
         # Blocks of 16 here, all pairs in training: the two paths share as little as they can.
         attend = functools.partial(blockwise_attention, block_size=16)
-        return extend_context(nnx.merge(graphdef, params), context, streams, latents, position, split, attend)
+        return extend_context(nnx.merge(graphdef, params), context, streams, latents, position, split, Backend(attend))
 
     def velocity(params, context, streams, x, t):
         return branch_velocity(nnx.merge(graphdef, params), context, streams, x, t)

@@ -15,8 +15,10 @@ from jax.typing import DTypeLike
 from loom_jax.core import DecoderConfig
 from loom_jax.data import Streams
 from loom_jax.document import PADDING, TokenLayout
-from loom_jax.models import Decoded, KeysValues, LoomModel, Past
-from loom_jax.nn import Attend, auto_attention
+from loom_jax.models import Backend, Decoded, KeysValues, LoomModel, Past
+
+BACKEND = Backend()
+"""Whatever attention suits the length, on one device."""
 
 
 class Context(NamedTuple):
@@ -53,10 +55,10 @@ def start_context(
     position: jax.Array,
     split: jax.Array,
     capacity: int,
-    attend: Attend = auto_attention,
+    backend: Backend = BACKEND,
 ) -> tuple[Context, Decoded]:
     """Reads the first tokens of every row into new contexts of `capacity`; arguments as in `extend_context`."""
-    decoded = _read(model, streams, latents, None, attend)
+    decoded = _read(model, streams, latents, None, backend)
     context = empty_context(model.config.decoder, latents.shape[0], capacity, model.dtype)
     return _store(context, decoded.kv, streams, position, split), decoded
 
@@ -68,7 +70,7 @@ def extend_context(
     latents: jax.Array,
     position: jax.Array,
     split: jax.Array,
-    attend: Attend = auto_attention,
+    backend: Backend = BACKEND,
 ) -> tuple[Context, Decoded]:
     """Reads more tokens after a context: text, ViT tokens, and clean latents [B, G, C] (timestep 0).
 
@@ -76,13 +78,13 @@ def extend_context(
     the context, `position` and `split` [B] say where the next segment begins (the `end` of its layout).
     The caller sees to it that the capacity suffices: tokens beyond it would be lost.
     """
-    decoded = _read(model, streams, latents, Past(context.kv, context.layout), attend)
+    decoded = _read(model, streams, latents, Past(context.kv, context.layout), backend)
     return _store(context, decoded.kv, streams, position, split), decoded
 
 
-def _read(model: LoomModel, streams: Streams, latents: jax.Array, past: Past | None, attend: Attend) -> Decoded:
+def _read(model: LoomModel, streams: Streams, latents: jax.Array, past: Past | None, backend: Backend) -> Decoded:
     timesteps = jnp.zeros((latents.shape[0], 1), jnp.float32)
-    return model(streams, latents, timesteps, past, attend=attend, return_kv=True)
+    return model(streams, latents, timesteps, past, return_kv=True, **backend._asdict())
 
 
 def _store(

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from loom_jax.data import Streams
 from loom_jax.document import PADDING
-from loom_jax.generate.context import Context, take_rows
+from loom_jax.generate.context import BACKEND, Context, take_rows
 from loom_jax.generate.guidance import Guidance, RenormType, guidance_is_active, guide
-from loom_jax.models import LoomModel, Past
-from loom_jax.nn import Attend, auto_attention
+from loom_jax.models import Backend, LoomModel, Past
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -33,11 +32,11 @@ def denoise(velocity: Velocity, x: jax.Array, schedule: jax.Array, start: jax.Ar
 
 
 def branch_velocity(
-    model: LoomModel, context: Context, streams: Streams, x: jax.Array, t: jax.Array, attend: Attend = auto_attention
+    model: LoomModel, context: Context, streams: Streams, x: jax.Array, t: jax.Array, backend: Backend = BACKEND
 ) -> jax.Array:
     """Returns the velocity [B, G, C] of latents x at time t (scalar) after a context, which is not changed."""
     timesteps = jnp.full((x.shape[0], 1), t, jnp.float32)
-    decoded = model(streams, x, timesteps, Past(context.kv, context.layout), attend=attend)
+    decoded = model(streams, x, timesteps, Past(context.kv, context.layout), **backend._asdict())
     return model.velocity(decoded.gen)
 
 
@@ -48,7 +47,7 @@ def guided_velocity(
     guidance: Guidance,
     branches: int,
     renorm: RenormType,
-    attend: Attend = auto_attention,
+    backend: Backend = BACKEND,
 ) -> Velocity:
     """Returns the guided velocity of B requests; their contexts lie branch after branch: cond, no-text, no-image.
 
@@ -61,14 +60,14 @@ def guided_velocity(
     held = cond_streams.gen.document != PADDING
 
     def unguided(x: jax.Array, t: jax.Array) -> jax.Array:
-        return branch_velocity(model, cond_context, cond_streams, x, t, attend)
+        return branch_velocity(model, cond_context, cond_streams, x, t, backend)
 
     if branches == 1:
         return unguided
 
     def guided(x: jax.Array, t: jax.Array) -> jax.Array:
         all_rows = jnp.concatenate([x] * branches)
-        parts = jnp.split(branch_velocity(model, contexts, streams, all_rows, t, attend), branches)
+        parts = jnp.split(branch_velocity(model, contexts, streams, all_rows, t, backend), branches)
         return guide(parts[0], parts[1], parts[2] if branches == 3 else None, guidance, renorm, held)
 
     def velocity(x: jax.Array, t: jax.Array) -> jax.Array:

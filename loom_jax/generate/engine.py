@@ -13,12 +13,11 @@ from flax import nnx
 from loom_jax.data import Streams
 from loom_jax.document import SpecialIds
 from loom_jax.generate.buckets import canvas_side
-from loom_jax.generate.context import Context, extend_context, start_context
+from loom_jax.generate.context import BACKEND, Context, extend_context, start_context
 from loom_jax.generate.denoise import denoise, guided_velocity
 from loom_jax.generate.guidance import Guidance, RenormType
 from loom_jax.generate.text import DecodedText, TextControls, decode_text
-from loom_jax.models import Autoencoder, LoomModel, to_uint8
-from loom_jax.nn import Attend, auto_attention
+from loom_jax.models import Autoencoder, Backend, LoomModel, to_uint8
 
 
 class Denoising(NamedTuple):
@@ -38,7 +37,7 @@ class Engine:
       vae: the autoencoder.
       special: marks that frame segments.
       vocabulary: number of real tokens; text never uses ids from here on.
-      attend: attention backend.
+      backend: attention and placing of activations.
     """
 
     def __init__(
@@ -47,31 +46,31 @@ class Engine:
         vae: Autoencoder,
         special: SpecialIds,
         vocabulary: int,
-        attend: Attend = auto_attention,
+        backend: Backend = BACKEND,
     ):
         self.config, self.dtype = model.config, model.dtype
         graphdef, self._params = nnx.split(model)
         vae_graphdef, self._vae_params = nnx.split(vae)
 
         def start(params: Any, streams: Streams, latents: Any, position: Any, split: Any, capacity: int) -> Context:
-            return start_context(nnx.merge(graphdef, params), streams, latents, position, split, capacity, attend)[0]
+            return start_context(nnx.merge(graphdef, params), streams, latents, position, split, capacity, backend)[0]
 
         def extend(
             params: Any, context: Context, streams: Streams, latents: Any, position: Any, split: Any
         ) -> tuple[Context, jax.Array]:
             model = nnx.merge(graphdef, params)
-            context, decoded = extend_context(model, context, streams, latents, position, split, attend)
+            context, decoded = extend_context(model, context, streams, latents, position, split, backend)
             return context, model.logits(decoded.und)
 
         def text(params: Any, context: Context, keys: Any, controls: TextControls, limit: Any, buffer: int) -> Any:
             model = nnx.merge(graphdef, params)
-            return decode_text(model, context, keys, controls, limit, special, vocabulary, buffer)
+            return decode_text(model, context, keys, controls, limit, special, vocabulary, buffer, backend)
 
         def steps(
             params: Any, work: Denoising, x: Any, first: Any, last: Any, branches: int, renorm: RenormType
         ) -> Any:
             model = nnx.merge(graphdef, params)
-            velocity = guided_velocity(model, work.contexts, work.streams, work.guidance, branches, renorm, attend)
+            velocity = guided_velocity(model, work.contexts, work.streams, work.guidance, branches, renorm, backend)
             return denoise(velocity, x, work.schedule, first, last)
 
         def encode(params: Any, pixels: Any, sizes: Any, noise: Any) -> jax.Array:

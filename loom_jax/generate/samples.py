@@ -11,6 +11,7 @@ from flax import nnx
 from loom_jax.generate.engine import Engine
 from loom_jax.generate.generator import Generator
 from loom_jax.generate.requests import Request
+from loom_jax.models import Backend
 from loom_jax.train import Hook, Job, TrainState
 
 
@@ -32,7 +33,7 @@ class SamplePictures:
         model = nnx.merge(parts.graphdef, weights, state.frozen)
         vae = nnx.merge(parts.vae_graphdef, job.vae_params)
         tokenizer = job.encoder.tokenizer
-        engine = Engine(model, vae, tokenizer.special, len(tokenizer), parts.attend)
+        engine = Engine(model, vae, tokenizer.special, len(tokenizer), Backend(parts.attend, parts.constrain))
         generator = Generator(job.config.model, engine, job.encoder)
         requests = [Request((prompt,), seed=i) for i, prompt in enumerate(job.config.watch.sample_prompts)]
         results = generator.generate(requests)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from loom_jax.data import Streams
 from loom_jax.document import CAUSAL, NO_TOKEN, PADDING, SpecialIds, TokenLayout
-from loom_jax.generate.context import Context, extend_context
-from loom_jax.models import LoomModel
+from loom_jax.generate.context import BACKEND, Context, extend_context
+from loom_jax.models import Backend, LoomModel
 
 
 class TextControls(NamedTuple):
@@ -53,6 +53,7 @@ def decode_text(
     special: SpecialIds,
     vocabulary: int,
     buffer: int,
+    backend: Backend = BACKEND,
 ) -> DecodedText:
     """Writes text after a context until the end mark or `max_new_tokens`; every predicted token is returned.
 
@@ -79,9 +80,8 @@ def decode_text(
         streams = _one_token(loop, context.split, model)
         latents = jnp.zeros((rows, 0, model.config.latent_dim), jnp.float32)
         ahead = jnp.where(loop.finished, 0, 1)
-        extended, decoded = extend_context(
-            model, loop.context, streams, latents, loop.context.position + ahead, loop.context.split
-        )
+        position, after = loop.context.position + ahead, loop.context.split
+        extended, decoded = extend_context(model, loop.context, streams, latents, position, after, backend)
         logits = model.logits(decoded.und[:, 0])
         token = choose_tokens(logits.at[:, vocabulary:].set(-jnp.inf), keys, loop.step, controls)
         ends = token == special.eos

@@ -3,11 +3,12 @@
 from loom_jax.models.autoencoder import Autoencoder, to_uint8
 from loom_jax.models.loom import LoomModel
 from loom_jax.models.lora import add_lora, merge_lora
-from loom_jax.models.mot import Constrain, Decoded, Decoder, KeysValues, MoTLayer, Past, unconstrained
+from loom_jax.models.mot import Backend, Constrain, Decoded, Decoder, KeysValues, MoTLayer, Past, unconstrained
 from loom_jax.models.siglip import Siglip
 
 __all__ = [
     "Autoencoder",
+    "Backend",
     "Constrain",
     "Decoded",
     "Decoder",

@@ -12,7 +12,16 @@ from jax.typing import DTypeLike
 
 from loom_jax.core import DecoderConfig
 from loom_jax.document import TokenLayout
-from loom_jax.nn import Attend, Projection, apply_rope, dense_attention, rope_tables, scan_layers, stack_layers
+from loom_jax.nn import (
+    Attend,
+    Projection,
+    apply_rope,
+    auto_attention,
+    dense_attention,
+    rope_tables,
+    scan_layers,
+    stack_layers,
+)
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 RopeTables = tuple[jax.Array, jax.Array]
@@ -21,6 +30,13 @@ RopeTables = tuple[jax.Array, jax.Array]
 def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """The default of `constrain(x, names)`: a model that runs on one device places nothing."""
     return x
+
+
+class Backend(NamedTuple):
+    """How a model computes on the devices at hand: its attention, and where activations are placed."""
+
+    attend: Attend = auto_attention
+    constrain: Constrain = unconstrained
 
 
 class KeysValues(NamedTuple):
