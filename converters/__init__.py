@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loom_jax.converters.bagel import from_orbax, inspect, to_orbax
+    from loom_jax.converters.bagel import from_orbax, from_parts, from_run, inspect, to_orbax
 
-__all__ = ["from_orbax", "inspect", "to_orbax"]
+__all__ = ["from_orbax", "from_parts", "from_run", "inspect", "to_orbax"]
 
 
 def __getattr__(name: str) -> Any:

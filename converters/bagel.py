@@ -1,4 +1,4 @@
-"""Conversion of BAGEL checkpoints: `python -m loom_jax.converters.bagel to-orbax | from-orbax | inspect`."""
+"""Conversion of BAGEL checkpoints: `loom convert`, or `python -m loom_jax.converters.bagel`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loom_jax.core import ArgumentParser, CheckpointError, run_command
 
@@ -21,6 +21,8 @@ _EXAMPLES = """example:
   {name} to-orbax BAGEL-7B-MoT bagel_7b
   {name} inspect bagel_7b
   {name} from-orbax bagel_7b BAGEL-again
+  {name} from-run runs/loom_7b loom_7b --dtype bfloat16
+  {name} from-parts --llm Qwen2.5-7B --vit siglip-so400m --vae ae.safetensors untrained
 """
 
 
@@ -83,6 +85,78 @@ def from_orbax(source: Path, destination: Path, *, overwrite: bool = False, prog
     ):
         _check_space(folder, total)
         write_release(converted, folder, advance)
+
+
+def from_parts(
+    llm: Path,
+    vit: Path,
+    vae: Path,
+    destination: Path,
+    *,
+    max_latent_size: int = 64,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Makes an untrained Bagel, as a folder that this framework loads, from the models that it is built of.
+
+    Args:
+      llm: Qwen2.5 folder; vit: SigLIP folder; vae: ae.safetensors of FLUX; see `converters.parts.open_parts`.
+      max_latent_size: side of the table of latent positions, in tokens of 16 pixels.
+      seed: of the connectors.
+      overwrite: whether an earlier conversion at `destination` may be replaced.
+      progress: whether stderr shows a bar.
+
+    Raises:
+      CheckpointError: a part is missing, corrupt or of another kind; or `destination` cannot be used.
+      TokenizerError: the tokenizer's files are missing or of an unknown kind.
+    """
+    from loom_jax.checkpoint import new_folder
+    from loom_jax.converters.parts import open_parts
+    from loom_jax.converters.stream import write_converted
+
+    for source in (llm, vit, vae):
+        _check_places(source, destination)
+    release = open_parts(llm, vit, vae, max_latent_size=max_latent_size, seed=seed)
+    total = release.model.nbytes + release.vae.nbytes
+    with new_folder(destination, overwrite=overwrite) as folder, _bar("to Orbax", total, progress) as advance:
+        _check_space(folder, total)
+        write_converted(release, folder, None, advance)
+
+
+def from_run(
+    source: Path,
+    destination: Path,
+    *,
+    step: int | None = None,
+    weights: str = "ema",
+    merge_lora: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Exports a checkpoint of a training run into a folder that this framework loads; `from-orbax` goes on from there.
+
+    Args:
+      step: which checkpoint; the newest by default.
+      weights: `ema`, the moving average, or `params`, the trained parameters themselves.
+      merge_lora: adds low-rank adapters to the weights; needed where the run has such.
+      dtype: `bfloat16` or `float32` casts the transformer's weights; by default they stay as they were trained.
+      overwrite: whether an earlier conversion at `destination` may be replaced.
+      progress: whether stderr shows a bar.
+
+    Raises:
+      CheckpointError: the run or its checkpoint cannot be used, or `destination` cannot.
+    """
+    from loom_jax.checkpoint import new_folder
+    from loom_jax.converters.from_run import open_run, write_run
+
+    _check_places(source, destination)
+    run = open_run(source, step, weights, merge_lora)
+    cast = _dtype(dtype)
+    with new_folder(destination, overwrite=overwrite) as folder, _bar("from run", run.nbytes, progress) as advance:
+        _check_space(folder, run.nbytes)
+        write_run(run, folder, cast, advance)
 
 
 def inspect(source: Path) -> None:
@@ -165,7 +239,8 @@ def _parser() -> ArgumentParser:
     )
     back.add_argument("source", type=Path, metavar="SRC", help="converted folder")
     back.add_argument("destination", type=Path, metavar="DST", help="folder to be made")
-    for command in (to, back):
+    run, parts = _add_from_run(commands), _add_from_parts(commands)
+    for command in (to, back, run, parts):
         command.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion left at DST")
     look = commands.add_parser(
         "inspect",
@@ -174,6 +249,38 @@ def _parser() -> ArgumentParser:
         epilog=f"example:\n  {NAME} inspect BAGEL-7B-MoT",
     )
     look.add_argument("source", type=Path, metavar="SRC", help="release folder or converted folder")
+    return parser
+
+
+def _add_from_run(commands: Any) -> ArgumentParser:
+    parser: ArgumentParser = commands.add_parser(
+        "from-run",
+        help="training run -> folder that loom_jax loads",
+        description="Exports a checkpoint of a training run; from-orbax then makes a release of it.",
+        epilog=f"example:\n  {NAME} from-run runs/loom_7b loom_7b --dtype bfloat16",
+    )
+    parser.add_argument("source", type=Path, metavar="RUN", help="the --workdir of a run")
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to be made")
+    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    parser.add_argument("--weights", choices=("ema", "params"), default="ema", help="moving average, or as trained")
+    parser.add_argument("--merge-lora", action="store_true", help="add low-rank adapters to the weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast the transformer; by default as trained")
+    return parser
+
+
+def _add_from_parts(commands: Any) -> ArgumentParser:
+    parser: ArgumentParser = commands.add_parser(
+        "from-parts",
+        help="Qwen2.5 + SigLIP + FLUX autoencoder -> untrained model",
+        description="Makes an untrained Bagel, as its pre-training starts, from the models that it is built of.",
+        epilog=f"example:\n  {NAME} from-parts --llm Qwen2.5-7B --vit siglip-so400m --vae ae.safetensors untrained",
+    )
+    parser.add_argument("--llm", type=Path, required=True, metavar="DIR", help="Qwen2.5 folder")
+    parser.add_argument("--vit", type=Path, required=True, metavar="DIR", help="SigLIP folder")
+    parser.add_argument("--vae", type=Path, required=True, metavar="FILE", help="ae.safetensors of FLUX")
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to be made")
+    parser.add_argument("--max-latent-size", type=int, default=64, help="side of the latent grid, in 16 pixels (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights that no part holds (0)")
     return parser
 
 
@@ -187,17 +294,14 @@ def main(argv: list[str]) -> int:
     if args.command == "inspect":
         inspect(args.source)
         return 0
-    if args.command == "to-orbax":
-        to_orbax(
-            args.source,
-            args.destination,
-            weights=args.weights,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-            progress=True,
-        )
-    else:
-        from_orbax(args.source, args.destination, overwrite=args.overwrite, progress=True)
+    options = {key: value for key, value in vars(args).items() if key != "command"}
+    commands: dict[str, Callable[..., None]] = {
+        "to-orbax": to_orbax,
+        "from-orbax": from_orbax,
+        "from-run": from_run,
+        "from-parts": from_parts,
+    }
+    commands[args.command](**options, progress=True)
     print(args.destination)
     return 0
 

@@ -102,13 +102,13 @@ def open_release(path: Path, weights: str | None = None) -> Release:
         raise CheckpointError(
             f"{path} is not a folder: give the release folder that holds ema.safetensors and ae.safetensors"
         )
-    weights, paths = _weight_files(path, weights)
+    weights, paths = weight_files(path, weights)
     vae_path = path / AUTOENCODER
     if not vae_path.is_file():
         raise _missing(path, AUTOENCODER, "ae.*")
     model, vae = TensorSource(paths), TensorSource([vae_path])
     _check_index(path, weights, model)
-    files = (*_tokenizer_files(path), *(name for name in CONFIG_FILES if (path / name).is_file()))
+    files = (*tokenizer_files(path), *(name for name in CONFIG_FILES if (path / name).is_file()))
     jsons = {name: read_json(path / name) for name in CONFIG_FILES[:3] if (path / name).is_file()}
     config = read_config(jsons, model.shapes, vae.shapes, paths[0].name)
     recomputed = tuple(key for key in POSITION_TABLES if key not in model.shapes)
@@ -121,8 +121,12 @@ def open_release(path: Path, weights: str | None = None) -> Release:
     return Release(path, config, model, vae, weights, files, recomputed)
 
 
-def _weight_files(path: Path, weights: str | None) -> tuple[str, list[Path]]:
-    """Which weights to use, and their files."""
+def weight_files(path: Path, weights: str | None, what: str = "a BAGEL release") -> tuple[str, list[Path]]:
+    """Returns which weights to use, and their files.
+
+    Raises:
+      CheckpointError: they are not there, or are pickles, or an index names what is not there.
+    """
     if weights is not None and weights not in WEIGHTS:
         raise CheckpointError(f"weights {weights!r} are not one of {', '.join(WEIGHTS)}")
     for name in WEIGHTS if weights is None else (weights,):
@@ -131,7 +135,7 @@ def _weight_files(path: Path, weights: str | None) -> tuple[str, list[Path]]:
         index = _index_of(path, name)
         if index.is_file():
             return name, _shards(index)
-    raise _missing(path, " or ".join(f"{name}.safetensors" for name in ([weights] if weights else WEIGHTS)), "*")
+    raise _missing(path, " or ".join(f"{name}.safetensors" for name in ([weights] if weights else WEIGHTS)), "*", what)
 
 
 def _index_of(path: Path, name: str) -> Path:
@@ -162,7 +166,7 @@ def _check_index(path: Path, weights: str, model: TensorSource) -> None:
             raise CheckpointError(f"{index} says that {name} holds {key}, which it does not: download both again")
 
 
-def _missing(path: Path, name: str, pattern: str) -> CheckpointError:
+def _missing(path: Path, name: str, pattern: str, what: str = "a BAGEL release") -> CheckpointError:
     """The error for weights that are not there, or are pickles."""
     pickles = sorted(file.name for file in path.glob(pattern) if file.suffix in _PICKLES)
     if pickles:
@@ -170,11 +174,15 @@ def _missing(path: Path, name: str, pattern: str) -> CheckpointError:
             f"{path / pickles[0]} is a pickle, which can run code when loaded, so it is never loaded: save its tensors "
             f"with safetensors.torch.save_file as {name}"
         )
-    return CheckpointError(f"{path} holds no {name}: give the folder of a BAGEL release")
+    return CheckpointError(f"{path} holds no {name}: give the folder of {what}")
 
 
-def _tokenizer_files(path: Path) -> list[str]:
-    """Names of the tokenizer's files."""
+def tokenizer_files(path: Path) -> list[str]:
+    """Returns the names of the tokenizer's files.
+
+    Raises:
+      TokenizerError: they are missing or of an unknown kind.
+    """
     names = [name for name in TOKENIZER_FILES if (path / name).is_file()]
     if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= set(names):
         return names

@@ -1,6 +1,15 @@
 """Orbax checkpoints with one leaf per layer, restored onto any mesh, and the folder that holds a whole model."""
 
-from loom_jax.checkpoint.arrays import ParamWriter, StoredParam, read_params, restore_params, save_params, stored_params
+from loom_jax.checkpoint.arrays import (
+    CONCURRENT_BYTES,
+    ParamWriter,
+    StoredParam,
+    read_params,
+    read_pieces,
+    restore_params,
+    save_params,
+    stored_params,
+)
 from loom_jax.checkpoint.compare import check_shapes, named
 from loom_jax.checkpoint.folder import (
     COMPONENTS,
@@ -14,11 +23,12 @@ from loom_jax.checkpoint.folder import (
     restore_component,
     write_record,
 )
-from loom_jax.checkpoint.run import Restored, RunCheckpoints, read_run_params, saved_steps
+from loom_jax.checkpoint.run import Restored, RunCheckpoints, param_sources, read_run_params, saved_steps, step_path
 from loom_jax.checkpoint.run_folder import RUN_RECORD, RUN_SCHEMA_VERSION, RunFolder, read_run, start_run
 
 __all__ = [
     "COMPONENTS",
+    "CONCURRENT_BYTES",
     "RECORD",
     "RUN_RECORD",
     "RUN_SCHEMA_VERSION",
@@ -34,8 +44,10 @@ __all__ = [
     "migrate",
     "named",
     "new_folder",
+    "param_sources",
     "read_folder",
     "read_params",
+    "read_pieces",
     "read_run",
     "read_run_params",
     "restore_component",
@@ -43,6 +55,7 @@ __all__ = [
     "save_params",
     "saved_steps",
     "start_run",
+    "step_path",
     "stored_params",
     "write_record",
 ]
