@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -11,17 +12,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from loom_jax import __version__
 from loom_jax.checkpoint import (
+    CONCURRENT_BYTES,
     ModelFolder,
     ParamWriter,
     StoredParam,
     check_shapes,
     read_params,
+    read_pieces,
     stored_params,
     write_record,
 )
@@ -31,8 +33,10 @@ from loom_jax.converters.tensors import TensorFileWriter, TensorSource
 from loom_jax.core import CheckpointError
 from loom_jax.nn import sincos_2d_table
 
-BATCH_BYTES = 2**28
+BATCH_BYTES = CONCURRENT_BYTES
 """Tensors that are written by one call: together at most this many bytes, or a single larger one."""
+
+_FORGET_SECONDS = 0.05
 
 Advance = Callable[[int], None]
 """Told the bytes of each batch when it is done."""
@@ -97,23 +101,36 @@ def _write_component(
 ) -> None:
     """Writes one Orbax checkpoint from safetensors."""
     sizes = {key: math.prod(shape) * source.dtypes[key].itemsize for key, shape in source.shapes.items()}
-    with ParamWriter(path) as writer:
+    with _forgetting(source), ParamWriter(path) as writer:
         for batch in _batches(entries, [sizes.get(entry.key, 0) for entry in entries]):
-            writer.write({entry.path: _param(entry, source, dtype) for entry in batch})
-            present = [entry.key for entry in batch if entry.key in sizes]
-            for key in present:
-                source.forget(key)
-            advance(sum(sizes[key] for key in present))
+            writer.write({entry.path: _param(entry, source) for entry in batch}, dtype)
+            advance(sum(sizes.get(entry.key, 0) for entry in batch))
 
 
-def _param(entry: Entry, source: TensorSource, dtype: np.dtype | None) -> np.ndarray:
-    """One parameter: a view of the file, unless it is cast or recomputed."""
+@contextlib.contextmanager
+def _forgetting(source: TensorSource) -> Iterator[None]:
+    """Gives mapped pages back while a large tensor is being written: its copies in the writer are enough in memory."""
+    done = threading.Event()
+
+    def forget() -> None:
+        while not done.wait(_FORGET_SECONDS):
+            source.forget()
+
+    thread = threading.Thread(target=forget)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _param(entry: Entry, source: TensorSource) -> np.ndarray:
+    """One parameter: a view of the file, unless it is recomputed."""
     if entry.key in source.shapes:
-        array = entry.from_torch(source[entry.key])
-    else:
-        rows, width = entry.shape
-        array = sincos_2d_table(width, math.isqrt(rows))
-    return array if dtype is None else array.astype(dtype, copy=False)
+        return entry.from_torch(source[entry.key])
+    rows, width = entry.shape
+    return sincos_2d_table(width, math.isqrt(rows))
 
 
 def _batches(entries: Iterable[Entry], sizes: Iterable[int]) -> Iterator[list[Entry]]:
@@ -172,7 +189,12 @@ def _write_tensors(
     tensors = {entry.key: (entry.shape, stored[entry.path].dtype) for entry in entries}
     with TensorFileWriter(path, tensors) as writer:
         for batch in _batches(entries, [stored[entry.path].nbytes for entry in entries]):
-            arrays: dict[str, Any] = read_params(source, {entry.path: stored[entry.path] for entry in batch})
-            for entry in batch:
+            large = [entry for entry in batch if stored[entry.path].nbytes > CONCURRENT_BYTES and entry.is_matrix]
+            for entry in large:
+                pieces = read_pieces(source, entry.path, entry.first_axis)
+                writer.write_blocks(entry.key, (piece.T if entry.first_axis else piece for piece in pieces))
+            whole = [entry for entry in batch if entry not in large]
+            arrays = read_params(source, {entry.path: stored[entry.path] for entry in whole}) if whole else {}
+            for entry in whole:
                 writer.write(entry.key, entry.to_torch(arrays.pop(entry.path)))
             advance(sum(stored[entry.path].nbytes for entry in batch))

@@ -186,6 +186,16 @@ class Entry:
         """Number of values."""
         return math.prod(self.shape)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether tensor and parameter are the same matrix, transposed or not: then it can be converted in pieces."""
+        return self.move in (TABLE, LINEAR)
+
+    @property
+    def first_axis(self) -> int:
+        """The parameter's axis that is the torch tensor's first."""
+        return self.move.axes.index(0)
+
     def from_torch(self, array: np.ndarray) -> np.ndarray:
         """Returns the parameter as a view of the torch tensor."""
         return self.move.from_torch(array, self.head)

@@ -246,12 +246,12 @@ import jax.numpy as jnp, tensorstore
 from pathlib import Path
 from loom_jax.checkpoint import restore_params, save_params
 from loom_jax.parallel import make_mesh, shardings_for
-kernel = jax.ShapeDtypeStruct((4, 2048, 2048), jnp.float32)
+kernel = jax.ShapeDtypeStruct((4, 8192, 512), jnp.float32)
 abstract = {"decoder": {"layers": {"und": {"gate_proj": {"kernel": kernel}}}}}
 shardings = shardings_for(abstract, make_mesh("fsdp"), "fsdp")
 kernel = jax.tree.leaves(restore_params(Path(sys.argv[3]), abstract, shardings))[0]
 for shard in kernel.addressable_shards:
-    assert (shard.data[:, :, 0] == jnp.arange(2048.0)[shard.index[1]]).all(), shard.index
+    assert (shard.data[:, :, 0] == jnp.arange(8192.0)[shard.index[1]]).all(), shard.index
 read = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
 print("READ", len(kernel.addressable_shards), sum(value["value"] for metric in read for value in metric["values"]))
 save_params(Path(sys.argv[3]).parent / "again", jax.tree.map(lambda _: kernel, abstract))
@@ -261,7 +261,7 @@ save_params(Path(sys.argv[3]).parent / "again", jax.tree.map(lambda _: kernel, a
 def test_each_process_reads_only_its_own_shards_and_saves_them(tmp_path):
     from loom_jax.checkpoint import ParamWriter
 
-    layer = np.repeat(np.arange(2048, dtype=np.float32)[:, None], 2048, 1)
+    layer = np.repeat(np.arange(8192, dtype=np.float32)[:, None], 512, 1)  # a chunk of 2 MiB for each of 8 devices
     with ParamWriter(tmp_path / "step") as writer:
         for i in range(4):
             writer.write({f"decoder/layers/{i}/und/gate_proj/kernel": layer})

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors import numpy as safetensors_numpy
 
-from loom_jax.checkpoint import ParamWriter, read_folder, stored_params, write_record
+from loom_jax.checkpoint import ParamWriter, read_folder, read_params, stored_params, write_record
 from loom_jax.converters import from_orbax, inspect, to_orbax
 from loom_jax.converters.bagel import main
 from loom_jax.converters.release import open_release
@@ -153,6 +154,33 @@ def test_there_and_back_is_bit_for_bit(copy: Path, tmp_path: Path) -> None:
     others = {path.name for path in copy.iterdir()} - {"ema.safetensors", "ae.safetensors"}
     assert {path.name for path in (tmp_path / "back").iterdir()} == others | {"ema.safetensors", "ae.safetensors"}
     assert all((copy / name).read_bytes() == (tmp_path / "back" / name).read_bytes() for name in others)
+
+
+def test_large_tensors_go_in_pieces_both_ways(release: Path, tmp_path: Path, monkeypatch) -> None:
+    from loom_jax.checkpoint import arrays
+    from loom_jax.converters import stream, tensors
+
+    for module, name, size in (
+        (arrays, "CONCURRENT_BYTES", 20_000),
+        (arrays, "PIECE_BYTES", 8_000),
+        (arrays, "CHUNK_BYTES", 3_000),
+        (stream, "CONCURRENT_BYTES", 20_000),
+        (tensors, "_BLOCK", 1_000),
+        (tensors, "_TILE", 7),
+    ):
+        monkeypatch.setattr(module, name, size)
+    to_orbax(release, tmp_path / "orbax")
+    from_orbax(tmp_path / "orbax", tmp_path / "back")
+    for name in ("ema.safetensors", "ae.safetensors"):
+        before, after = TensorFile(release / name), TensorFile(tmp_path / "back" / name)
+        assert before.shapes == after.shapes and before.dtypes == after.dtypes
+        assert all(before[key].tobytes() == after[key].tobytes() for key in before.shapes)
+    to_orbax(release, tmp_path / "cast", dtype="float32")
+    source = open_release(release)
+    leaves = read_params(tmp_path / "cast/model", stored_params(tmp_path / "cast/model"))
+    for entry in source.model_entries:
+        cast = entry.from_torch(source.model[entry.key]).astype(np.float32)
+        np.testing.assert_array_equal(leaves[entry.path], cast)
 
 
 def test_a_converted_folder_says_where_it_came_from(release: Path, tmp_path: Path) -> None:
@@ -329,7 +357,10 @@ BAD = {
         "vit_config.json says num_hidden_layers = 3.* 4",
     ),
     "ViT side": (edit_json("vit_config.json", "image_size", 49), "vit_config.json says image_size = 49.* 35"),
-    "ViT heads": (edit_json("vit_config.json", "num_attention_heads", 5), "36 .* is not a multiple of num_heads=5"),
+    "ViT heads": (
+        edit_json("vit_config.json", "num_attention_heads", 5),
+        "hidden_size=36 is not a multiple of .*=5",
+    ),
     "activation": (edit_json("llm_config.json", "hidden_act", "gelu"), "hidden_act = 'gelu'.* 'silu'"),
     "latent table": (edit_json("config.json", "max_latent_size", 64), "config.json says max_latent_size = 64.* 6"),
     "autoencoder": (
@@ -355,8 +386,8 @@ def test_bad_releases_are_refused_and_leave_nothing(copy: Path, name: str) -> No
 def test_a_failure_halfway_leaves_nothing(release: Path, tmp_path: Path, monkeypatch, fault: BaseException) -> None:
     write = ParamWriter.write
 
-    def fail(writer: ParamWriter, leaves: dict) -> None:
-        write(writer, leaves)
+    def fail(writer: ParamWriter, *arguments: Any) -> None:
+        write(writer, *arguments)
         raise fault
 
     monkeypatch.setattr(ParamWriter, "write", fail)

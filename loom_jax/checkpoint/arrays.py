@@ -85,8 +85,8 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 class ParamWriter:
     """Writes one Orbax checkpoint in several parts; it appears at `path` when the `with` block ends without an error.
 
-    In a job of several processes all of them make the same calls. numpy arrays of more than CONCURRENT_BYTES are written
-    last, piece by piece, because Orbax copies whatever it is given: where there are such, let `path` lie in a
+    In a job of several processes all of them make the same calls. numpy arrays of more than CONCURRENT_BYTES are
+    written last, piece by piece, because Orbax copies whatever it is given: where there are such, let `path` lie in a
     `new_folder`, which makes the whole appear at once.
 
     Raises:
@@ -146,8 +146,7 @@ def _fill(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> None:
         if codec["name"] == "sharding_indexed":
             codec["configuration"]["chunk_shape"] = chunk
     spec = {
-        "driver": "zarr3",
-        "kvstore": kvstore,
+        **_leaf_spec(path, name),
         "metadata": metadata,
         "store_data_equal_to_fill_value": True,  # Orbax takes a chunk that is not there for a loss
         "context": {"file_io_sync": False},
@@ -159,6 +158,13 @@ def _fill(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> None:
             slice(at, min(at + step, size)) for at, step, size in zip(corner, steps, array.shape, strict=True)
         )
         store[piece].write(array[piece].astype(dtype, copy=False)).result()
+
+
+def _leaf_spec(path: Path, name: str) -> dict[str, Any]:
+    """Where Orbax keeps one leaf: a zarr array in a key-value database."""
+    base = {"driver": "file", "path": f"{path.absolute() / 'state'}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
+    return {"driver": "zarr3", "kvstore": kvstore}
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
@@ -199,6 +205,25 @@ def read_params(path: Path, stored: Mapping[str, StoredParam]) -> dict[str, np.n
     abstract = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in stored.items()}
     leaves, _ = flatten_params(_load(path, abstract, max(leaf.nbytes for leaf in stored.values())))
     return leaves
+
+
+def read_pieces(path: Path, name: str, axis: int) -> Iterator[np.ndarray]:
+    """Yields one leaf as numpy arrays of about PIECE_BYTES that follow each other along `axis`.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        store: Any = tensorstore.open(_leaf_spec(path, name), open=True).result()
+        rows = store.chunk_layout.read_chunk.shape[axis]
+        step = rows * max(1, PIECE_BYTES * store.shape[axis] // (rows * store.size * store.dtype.numpy_dtype.itemsize))
+        for begin in range(0, store.shape[axis], step):
+            piece = (*(slice(None),) * axis, slice(begin, min(begin + step, store.shape[axis])))
+            yield store[piece].read().result()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read near {name} ({_first_line(error)}): convert or save it again"
+        ) from error
 
 
 def _load(path: Path, abstract: Mapping[str, Any], largest: int) -> Any:
@@ -251,25 +276,40 @@ class Part:
 
 def batches(params: Mapping[str, Any]) -> Iterator[list[Part]]:
     """Yields parts, several at a time where they are small: every call into Orbax costs some 50 ms."""
-    groups: dict[str, list[str]] = {}
-    for path, leaf in params.items():
-        # Factored moments have layers where they are kept, and one entry as a placeholder where they are not.
-        stack = f"{path.split(f'{STACKED}/')[0]}{leaf.shape[0]}" if _is_stacked(path) else path
-        groups.setdefault(stack, []).append(path)
     batch: list[Part] = []
     total = 0
-    for paths in groups.values():
-        leaves = [params[path] for path in paths]
+    for paths in _groups(params):
         stacked = _is_stacked(paths[0])
-        layers = range(leaves[0].shape[0]) if stacked else [None]
-        size = sum(math.prod(leaf.shape[stacked:]) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+        layers = range(params[paths[0]].shape[0]) if stacked else [None]
+        size = sum(_layer_bytes(path, params[path]) for path in paths)
         for layer in layers:
             if batch and total + size > CONCURRENT_BYTES:
                 yield batch
                 batch, total = [], 0
-            batch.append(Part(layer, tuple(paths)))
+            batch.append(Part(layer, paths))
             total += size
     yield batch
+
+
+def _groups(params: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yields paths whose layers go together: of one stack, at most CONCURRENT_BYTES or a single larger one a layer."""
+    stacks: dict[str, list[str]] = {}
+    for path, leaf in params.items():
+        # Factored moments have layers where they are kept, and one entry as a placeholder where they are not.
+        stack = f"{path.split(f'{STACKED}/')[0]}{leaf.shape[0]}" if _is_stacked(path) else path
+        stacks.setdefault(stack, []).append(path)
+    for paths in stacks.values():
+        group: list[str] = []
+        for path in paths:
+            if group and sum(_layer_bytes(p, params[p]) for p in (*group, path)) > CONCURRENT_BYTES:
+                yield tuple(group)
+                group = []
+            group.append(path)
+        yield tuple(group)
+
+
+def _layer_bytes(path: str, leaf: Any) -> int:
+    return math.prod(leaf.shape[_is_stacked(path) :]) * np.dtype(leaf.dtype).itemsize
 
 
 def save_params(path: Path, params: Any) -> None:
