@@ -1,4 +1,4 @@
-"""`loom generate`: pictures from text, edits of pictures, answers about pictures."""
+"""`loom generate`: pictures from text, edits of pictures, answers about pictures; the rest in `interleave`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,31 @@ if TYPE_CHECKING:
 
 NAME = "loom generate"
 TASKS = ("image", "edit", "understand")
+INTERLEAVED = ("tutorial", "compose", "decompose", "style")
 EPILOG = """examples:
   loom generate --checkpoint bagel_7b --prompt "A small boat on a quiet lake" --out out/boat
   loom generate --checkpoint bagel_7b --task edit --image cat.png --prompt "Make it a dog" --seed 7 --out out/dog
   loom generate --checkpoint bagel_7b --task understand --image cat.png --prompt "What is this?" --think --out out/what
+  loom generate --checkpoint loom_7b --task tutorial --prompt "How to draw a cat" --num-steps 4 --out out/cat
+  loom generate --checkpoint loom_7b --task compose --image a.png --image b.png \\
+      --prompt "Dress the person of <image 1> in the coat of <image 2>" --out out/coat
+  loom generate --checkpoint loom_7b --requests requests.jsonl --out out/many
+  loom generate --resume out/many
+  loom generate --resume out/cat --redo-turn 3 --seed 7
 """
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog=NAME, description="Generate pictures or text with a converted model.", epilog=EPILOG)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder made by `loom convert to-orbax`")
-    add("--prompt", required=True, help="what to make, or to answer")
+    add("--checkpoint", type=Path, metavar="DIR", help="folder made by `loom convert to-orbax`")
+    add("--prompt", help="what to make, or to answer")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="input picture; may be repeated")
-    add("--task", choices=TASKS, help="by default: edit where pictures are given, else image")
+    add("--task", choices=(*TASKS, *INTERLEAVED), help="by default: edit where pictures are given, else image")
     add("--think", action="store_true", help="let the model write down its thoughts first")
     add("--out", type=Path, default=Path("out/generate"), metavar="DIR", help="where results go [out/generate]")
     add("--num-images", type=int, default=1, metavar="N", help="pictures to make, with seeds SEED, SEED+1, ... [1]")
-    add("--seed", type=int, default=0, help="of all randomness [0]")
+    add("--seed", type=int, help="of all randomness [0]")
     add("--height", type=int, help="of the picture, in pixels; by default that of the last input picture, or 1024")
     add("--width", type=int, help="likewise")
     add("--steps", type=int, metavar="N", help="points of the schedule: N-1 evaluations [50]")
@@ -52,7 +59,19 @@ def _parser() -> ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
     add("--attention", default="auto", help="attention backend: auto, dense or blockwise [auto]")
     add("--sharding", default="single", metavar="PRESET", help="how weights lie on the devices [single]")
+    _add_interleaved(parser)
     return parser
+
+
+def _add_interleaved(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group(f"interleaved tasks ({', '.join(INTERLEAVED)})").add_argument
+    add("--plan", metavar="TEXT", help='the steps: "Step1: ..., Step2: ..."; by default the model writes them')
+    add("--num-steps", type=int, metavar="N", help="how many steps the model is asked for")
+    add("--history", metavar="POLICY", help="which frames a frame sees: none, all, last(k), uniform(k), random(k)")
+    add("--entity", action="append", default=[], metavar="TOKEN", help="role of each --image, such as '<style>'")
+    add("--requests", type=Path, metavar="FILE", help="a JSONL file: each line an object with these flags as keys")
+    add("--resume", type=Path, metavar="DIR", help="go on with the unfinished requests of an earlier --out DIR")
+    add("--redo-turn", type=int, metavar="K", help="with --resume: make turn K and all after it again, with --seed")
 
 
 def main(argv: list[str]) -> int:
@@ -61,12 +80,24 @@ def main(argv: list[str]) -> int:
     Raises:
       InputError: bad usage or bad input; nothing was written.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.num_images < 1:
         raise InputError(f"--num-images {args.num_images}: must be at least 1")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    args.seed = args.seed or 0
+    if args.resume or args.requests or args.task in INTERLEAVED:
+        from loom_jax.commands import interleave
+
+        return interleave.run(args, given)
+    require(args, "checkpoint", "prompt")
+    only = f"belongs to interleaved work: give --task {', '.join(INTERLEAVED)}, or --resume"
+    refuse(given, "plan", "num_steps", "history", "entity", "redo_turn", reason=only)
     requests = read_requests(args)
-    settings = read_settings(args, requests[0].task)
     from loom_jax import api
+    from loom_jax.generate import TASK_SETTINGS
+
+    settings = read_settings(args, TASK_SETTINGS[requests[0].task])
 
     text = api.TextSettings(args.max_new_tokens, args.temperature, args.top_p)
     started = time.perf_counter()
@@ -80,24 +111,41 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def require(args: argparse.Namespace, *flags: str) -> None:
+    """Raises InputError where one of the flags is missing."""
+    for flag in flags:
+        if getattr(args, flag) is None:
+            raise InputError(f"--{flag} is required (see {NAME} --help)")
+
+
+def refuse(given: set[str], *flags: str, reason: str) -> None:
+    """Raises InputError where one of the flags was given, with the reason why it does not belong there."""
+    for flag in flags:
+        if flag in given:
+            raise InputError(f"--{flag.replace('_', '-')} {reason}")
+
+
 def read_requests(args: argparse.Namespace) -> list[Request]:
     """Returns one request for each picture to make; pictures stand before the prompt, in the order given."""
     from loom_jax.document import open_image
     from loom_jax.generate import Request, Task
 
-    if (args.height is None) != (args.width is None):
-        raise InputError("--height and --width go together: give both or neither")
-    size = None if args.height is None else (args.height, args.width)
+    size = read_size(args)
     task: Task = args.task or ("edit" if args.image else "image")
     items = (*(open_image(path) for path in args.image), args.prompt)
     seeds = range(args.seed, args.seed + args.num_images)
     return [Request(items, task, args.think, size, seed) for seed in seeds]
 
 
-def read_settings(args: argparse.Namespace, task: Any) -> ImageSettings:
-    """Returns the task's settings with those that were given."""
-    from loom_jax.generate import TASK_SETTINGS
+def read_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """Returns the (height, width) asked for, if any."""
+    if (args.height is None) != (args.width is None):
+        raise InputError("--height and --width go together: give both or neither")
+    return None if args.height is None else (args.height, args.width)
 
+
+def read_settings(args: argparse.Namespace, defaults: ImageSettings) -> ImageSettings:
+    """Returns the task's settings with those that were given."""
     given = {
         "num_timesteps": args.steps,
         "timestep_shift": args.timestep_shift,
@@ -107,7 +155,7 @@ def read_settings(args: argparse.Namespace, task: Any) -> ImageSettings:
         "cfg_renorm_type": args.cfg_renorm,
         "cfg_renorm_min": args.cfg_renorm_min,
     }
-    return dataclasses.replace(TASK_SETTINGS[task], **{k: v for k, v in given.items() if v is not None})
+    return dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
 
 
 def record(

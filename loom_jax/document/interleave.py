@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -154,25 +154,35 @@ def branch(segments: Sequence[EncodedSegment], name: Branch) -> list[EncodedSegm
     return drop_segments(segments, lambda kind: kind in left_out)
 
 
-def find_entities(text: str, known: Sequence[str] = ENTITY_TOKENS) -> list[str]:
+def find_entities(text: str, known: Callable[[str], bool] = ENTITY_TOKENS.__contains__) -> list[str]:
     """Returns the entity tokens that a text mentions, in order, each once.
+
+    Args:
+      text: an instruction.
+      known: whether a token is one; a tokenizer's `has_token` takes those that were added to it as well.
 
     Raises:
       InputError: the text holds something spelled like an entity token that is not one.
     """
-    found = list(dict.fromkeys(re.findall("|".join(map(re.escape, known)), text)))
-    for other in re.findall(r"<(?:image \d+|[a-z_]+)>", text):
-        if other not in known:
-            raise InputError(f"unknown entity token {other!r} in {text[:60]!r}: there are {', '.join(known)}")
-    return found
+    mentioned = list(dict.fromkeys(re.findall(r"<(?:image \d+|[a-z][a-z_]*)>", text)))
+    for token in mentioned:
+        if not known(token):
+            listed = ", ".join(ENTITY_TOKENS)
+            raise InputError(f"unknown entity token {token!r} in {text[:60]!r}: expected one of {listed}")
+    return mentioned
 
 
-def assign_entities(instruction: str, count: int, known: Sequence[str] = ENTITY_TOKENS) -> list[str | None]:
+def assign_entities(
+    instruction: str, count: int, known: Callable[[str], bool] = ENTITY_TOKENS.__contains__
+) -> list[str | None]:
     """Returns the entity token of each of `count` condition images.
 
     They are those that the instruction mentions, in its order, if it mentions as many; else `<image 1>`, `<image 2>`;
     images beyond those have none.
+
+    Raises:
+      InputError: the instruction mentions something spelled like an entity token that is not one.
     """
     mentioned = find_entities(instruction, known)
-    roles = mentioned if len(mentioned) >= count else [t for t in ("<image 1>", "<image 2>") if t in known]
+    roles = mentioned if len(mentioned) >= count else [t for t in ("<image 1>", "<image 2>") if known(t)]
     return [roles[i] if i < len(roles) else None for i in range(count)]

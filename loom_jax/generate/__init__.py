@@ -4,6 +4,7 @@ from loom_jax.generate.buckets import bucket, canvas_side
 from loom_jax.generate.context import Context, empty_context, extend_context, start_context, take_rows
 from loom_jax.generate.denoise import branch_velocity, denoise, guided_velocity
 from loom_jax.generate.engine import Denoising, Engine
+from loom_jax.generate.gallery import GALLERY, render_gallery, write_gallery
 from loom_jax.generate.generator import Generator, Source, branch_segments
 from loom_jax.generate.guidance import Guidance, RenormType, guidance_is_active, guide
 from loom_jax.generate.interleave import (
@@ -28,10 +29,13 @@ from loom_jax.generate.requests import (
     Task,
     TextSettings,
 )
+from loom_jax.generate.saved import RECORD, Refused, SavedWork, write_whole
 from loom_jax.generate.text import DecodedText, TextControls, choose_tokens, decode_text, keep_top_p
 
 __all__ = [
+    "GALLERY",
     "LOOM_SETTINGS",
+    "RECORD",
     "TASK_SETTINGS",
     "Context",
     "DecodedText",
@@ -50,10 +54,12 @@ __all__ = [
     "Query",
     "Read",
     "Reader",
+    "Refused",
     "RenormType",
     "Request",
     "RequestFailed",
     "Result",
+    "SavedWork",
     "SeededNoise",
     "Source",
     "Task",
@@ -76,7 +82,10 @@ __all__ = [
     "interleave",
     "keep_top_p",
     "make_guidance",
+    "render_gallery",
     "start_context",
     "take_rows",
     "text_room",
+    "write_gallery",
+    "write_whole",
 ]

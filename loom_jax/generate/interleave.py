@@ -7,6 +7,7 @@ the turn, and denoises the frame: its cost depends on the size of the history, n
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,28 +15,30 @@ import numpy as np
 from PIL import Image as PILImage
 
 from loom_jax.core import InputError
+from loom_jax.data import Budget
 from loom_jax.document import (
+    ENTITY_TOKENS,
     PLANNED,
     Branch,
     Condition,
     EncodedSegment,
     Encoder,
     HistoryPolicy,
-    ImageTokens,
     InterleavedTask,
     Segment,
     Shown,
+    TextTokens,
     Turn,
     assign_entities,
     branch,
     count_time_tokens,
-    find_entities,
     format_plan,
     heading,
     history,
     parse_steps,
     plan_prompt,
     prologue,
+    time_token,
     to_rgb,
 )
 from loom_jax.generate.reader import Query, Read, Reader, count_branches, text_room
@@ -82,7 +85,7 @@ class InterleavedRequest:
 
 @dataclasses.dataclass(frozen=True)
 class PlanWritten:
-    """The steps of a request are known: written by the model (`text` as it wrote it) or given."""
+    """The steps of a request are known, or changed: written by the model (`text` as it wrote it) or given."""
 
     request: int
     steps: tuple[str, ...]
@@ -138,23 +141,33 @@ Revise = Callable[[int, int, tuple[str, ...]], Sequence[str] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What an earlier run made of a request: its steps, its frames in order and their seeds."""
+    """What an earlier run made of a request.
 
-    steps: tuple[str, ...]
-    frames: tuple[PILImage.Image, ...]
-    seeds: tuple[int, ...]
+    Attributes:
+      steps: none if they were not written yet.
+      frames: the finished ones, in order.
+      seeds: turn -> the seed from there on, in place of the request's.
+      failed: it failed, and is not tried again.
+    """
+
+    steps: tuple[str, ...] = ()
+    frames: tuple[PILImage.Image, ...] = ()
+    seeds: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    failed: bool = False
 
 
 @dataclasses.dataclass
 class _Story:
-    """A request on its way."""
+    """A request on its way. `opening`: condition pictures and prompt; `encoded`: the frames of the last history."""
 
     number: int
     request: InterleavedRequest
     size: tuple[int, int]
+    conditions: list[Condition]
+    opening: list[EncodedSegment]
     steps: list[str | None]
+    earlier: Done
     turns: list[Turn] = dataclasses.field(default_factory=list)
-    seeds: list[int] = dataclasses.field(default_factory=list)
     encoded: dict[int, tuple[list[EncodedSegment], tuple[np.ndarray, ...]]] = dataclasses.field(default_factory=dict)
     failed: bool = False
 
@@ -162,36 +175,48 @@ class _Story:
     def planned(self) -> bool:
         return self.request.task in PLANNED
 
+    @property
+    def asks_for_plan(self) -> bool:
+        return self.planned and self.request.plan is None
+
+    def has(self, turn: int) -> bool:
+        """Whether the request has such a turn, made or not."""
+        return not self.failed and turn <= len(self.steps)
+
     def live(self, turn: int) -> bool:
         """Whether the request makes a frame in this turn."""
-        return not self.failed and len(self.turns) < turn <= len(self.steps)
+        return self.has(turn) and len(self.turns) < turn
 
     def heading(self, turn: int) -> Turn:
         return Turn(turn if self.planned else None, self.steps[turn - 1])
 
-    def conditions(self) -> list[Condition]:
-        request = self.request
-        tokens = request.entities
-        if tokens is None:
-            many = request.task in ("compose", "style")
-            tokens = tuple(assign_entities(request.instruction, len(request.images))) if many else ()
-        padded = [*tokens, *[None] * len(request.images)][: len(request.images)]
-        return [Condition(Shown(to_rgb(image)), token) for image, token in zip(request.images, padded, strict=True)]
+    def seed(self, turn: int) -> int:
+        """The seed of a turn's frame."""
+        from_turn = max((first for first in self.earlier.seeds if first <= turn), default=None)
+        return self.request.seed if from_turn is None else self.earlier.seeds[from_turn]
 
-    def prompt(self) -> str:
-        request = self.request
-        if not self.planned:
-            return request.instruction
-        return plan_prompt(request.task, request.instruction, request.num_steps)
+    def texts(self) -> tuple[str, ...]:
+        return tuple(step or "" for step in self.steps)
 
     def prologue(self) -> list[Segment]:
-        """What stands before the first frame, with the plan."""
-        plan = format_plan([step or "" for step in self.steps]) if self.planned else None
-        return prologue(self.conditions(), self.prompt(), plan)
+        """What stands before the first frame; with the plan, if it is known."""
+        request = self.request
+        if not self.planned:
+            return prologue(self.conditions, request.instruction)
+        prompt = plan_prompt(request.task, request.instruction, request.num_steps)
+        return prologue(self.conditions, prompt, format_plan(self.texts()) if self.steps else None)
+
+    def choose(self, turn: int) -> list[int]:
+        """The frames before `turn` that it sees, as indices; drawn from the request's seed and the turn alone."""
+        return self.request.policy.choose(turn - 1, np.random.default_rng([self.request.seed, turn]))
 
 
 class Interleaver:
-    """Runs requests through plan and turns; see `interleave`."""
+    """Runs requests through plan and turns; see `interleave`.
+
+    What is computed in a turn, down to the shapes, depends on the requests alone: a run that goes on after another one
+    takes every request of the batch along in the turns that it makes, also those that have their frame already.
+    """
 
     def __init__(
         self,
@@ -212,44 +237,66 @@ class Interleaver:
         self._prologues = None
         stories: list[_Story] = []
         for number, request in enumerate(requests):
+            earlier = (done or {}).get(number, Done())
             try:
-                stories.append(self._begin(number, request, (done or {}).get(number)))
+                stories.append(self._begin(number, request, earlier))
             except InputError as error:
-                yield RequestFailed(number, str(error))
-        yield from self._write_plans([s for s in stories if s.planned and not s.steps])
-        for story in stories:
-            if story.planned and not story.failed:
-                written = None if story.request.plan or (done or {}).get(story.number) else self._texts[story.number]
-                yield PlanWritten(story.number, tuple(step or "" for step in story.steps), written)
+                if not earlier.failed:
+                    yield RequestFailed(number, str(error))
+        yield from self._write_plans(stories)
         stories = [s for s in stories if not s.failed]
         turn = 1
-        while any(turn <= len(story.steps) for story in stories):
+        while any(story.has(turn) for story in stories):
+            yield from self._revise(stories, turn)
             if any(story.live(turn) for story in stories):
                 yield from self._make_turn(stories, turn)
             turn += 1
 
-    def _begin(self, number: int, request: InterleavedRequest, done: Done | None) -> _Story:
-        """Checks a request."""
+    def _begin(self, number: int, request: InterleavedRequest, earlier: Done) -> _Story:
+        """Checks a request, and takes up what was made of it."""
+        conditions = self._conditions(request)
+        size = self.reader.check_size(request.size or self._default_size(request))
+        for seed in (request.seed, *earlier.seeds.values()):
+            if not 0 <= seed < 2**32:
+                raise InputError(f"seed={seed}: must be at least 0 and below 2^32 = {2**32}")
+        if request.num_steps is not None and not 1 <= request.num_steps <= self.num_turns:
+            raise InputError(f"num_steps={request.num_steps}: must be at least 1, and {self._at_most()}")
+        story = _Story(number, request, size, conditions, [], [], earlier)
+        story.opening = self.reader.encoder.encode(story.prologue())
+        if request.task not in PLANNED:
+            story.steps = [None]
+            if request.plan is not None or request.num_steps is not None:
+                raise InputError(f"task {request.task!r} makes one picture: it takes neither a plan nor num_steps")
+        elif request.plan is not None or earlier.steps:
+            story.steps = list(earlier.steps or request.plan or ())
+            self._check_steps(story.texts())
+            if request.plan is not None and request.num_steps not in (None, len(request.plan)):
+                raise InputError(f"num_steps={request.num_steps}, but the plan has {len(request.plan)} steps")
+        for turn, image in enumerate(earlier.frames[: len(story.steps)], 1):
+            story.turns.append(dataclasses.replace(story.heading(turn), picture=Shown(image)))
+        story.failed = earlier.failed
+        return story
+
+    def _conditions(self, request: InterleavedRequest) -> list[Condition]:
+        """The condition pictures of a request with their entity tokens."""
         if not request.instruction.strip():
             raise InputError("the instruction is empty: say what to make")
         if request.task != "tutorial" and not request.images:
             raise InputError(f"task {request.task!r} needs at least one picture")
-        if request.task in ("compose", "style"):
-            find_entities(request.instruction)
-        for token in request.entities or ():
-            if token is not None and not self.reader.encoder.tokenizer.has_token(token):
-                raise InputError(f"unknown entity token {token!r}: the tokenizer of this model does not have it")
-        size = self.reader.check_size(request.size or self._default_size(request))
-        steps: list[str | None] = [None] if request.task not in PLANNED else list(request.plan or ())
-        story = _Story(number, request, size, steps)
-        if done is not None:
-            story.steps = list(done.steps) if story.planned else [None]
-            for turn, image in enumerate(done.frames, 1):
-                story.turns.append(dataclasses.replace(story.heading(turn), picture=Shown(image)))
-            story.seeds = list(done.seeds)
-        if story.planned and (request.plan is not None or done is not None):
-            self._check_steps([step or "" for step in story.steps])
-        return story
+        known, count = self.reader.encoder.tokenizer.has_token, len(request.images)
+        tokens: Sequence[str | None] = [None] * count
+        if request.entities is not None:
+            if len(request.entities) != count:
+                raise InputError(
+                    f"{len(request.entities)} entity tokens for {count} pictures: give one for each, or none"
+                )
+            tokens = request.entities
+            for token in tokens:
+                if token is not None and not known(token):
+                    raise InputError(f"unknown entity token {token!r}: expected one of {', '.join(ENTITY_TOKENS)}")
+        elif request.task in ("compose", "style"):
+            tokens = assign_entities(request.instruction, count, known)
+        return [Condition(Shown(to_rgb(image)), token) for image, token in zip(request.images, tokens, strict=True)]
 
     def _default_size(self, request: InterleavedRequest) -> tuple[int, int]:
         encoder: Encoder = self.reader.encoder
@@ -263,47 +310,73 @@ class Interleaver:
         if not steps or not all(step.strip() for step in steps):
             raise InputError("the plan has no steps, or an empty one: expected Step1: ..., Step2: ...")
         if len(steps) > self.num_turns:
-            raise InputError(
-                f"the plan has {len(steps)} steps, this model has time tokens for {self.num_turns}: plan fewer steps"
-            )
+            raise InputError(f"the plan has {len(steps)} steps, more than there are time tokens: {self._at_most()}")
+        for step in steps:
+            self.reader.encoder.tokenizer.encode(step)
+
+    def _at_most(self) -> str:
+        return f"at most {self.num_turns}, since the tokenizer has {time_token(1)} to {time_token(self.num_turns)}"
 
     def _write_plans(self, stories: Sequence[_Story]) -> Iterator[Event]:
-        """Lets the model write the plans of all stories that have none, in one batch."""
-        self._texts: dict[int, str] = {}
-        if not stories:
-            return
-        documents, latents = [], []
+        """Tells of the plans that were given, and lets the model write the others in one batch."""
         for story in stories:
-            document = self.reader.encoder.encode(prologue(story.conditions(), story.prompt()))
-            documents.append(document)
-            latents.append(self.reader.latent_tokens(document, story.request.seed))
+            if story.request.plan is not None and not story.earlier.steps and not story.failed:
+                yield PlanWritten(story.number, story.texts(), None)
+        writing = [story for story in stories if story.asks_for_plan]
+        if all(story.steps or story.failed for story in writing):
+            return
+        documents = [story.opening for story in writing]
+        latents = [self.reader.latent_tokens(story.opening, story.request.seed) for story in writing]
         read = self.reader.read(documents, latents, room=text_room(self.text_settings))
-        written = self.reader.write(read, [s.request.seed for s in stories], self.text_settings)
-        for story, (text, _) in zip(stories, written, strict=True):
-            self._texts[story.number] = text
+        written = self.reader.write(read, [story.request.seed for story in writing], self.text_settings)
+        for story, (text, _) in zip(writing, written, strict=True):
+            if story.steps or story.failed:
+                continue
             story.steps = list(parse_steps(text))
             try:
-                self._check_steps([step or "" for step in story.steps])
+                self._check_steps(story.texts())
             except InputError as error:
                 story.failed = True
                 yield RequestFailed(story.number, f"{error}; the model wrote {text[:120]!r}")
+            else:
+                yield PlanWritten(story.number, story.texts(), text)
+
+    def _revise(self, stories: Sequence[_Story], turn: int) -> Iterator[Event]:
+        """Lets the caller change the steps that are still to come."""
+        if self.revise is None:
+            return
+        for story in stories:
+            if not story.live(turn) or not story.planned:
+                continue
+            steps = self.revise(story.number, turn, story.texts())
+            revised = story.texts() if steps is None else (*story.texts()[: turn - 1], *steps[turn - 1 :])
+            if revised == story.texts():
+                continue
+            self._prologues = None
+            try:
+                self._check_steps(revised)
+            except InputError as error:
+                story.failed = True
+                yield RequestFailed(story.number, f"{error}; it was revised before turn {turn}")
+            else:
+                story.steps = list(revised)
+                yield PlanWritten(story.number, revised, None)
 
     def _make_turn(self, stories: Sequence[_Story], turn: int) -> Iterator[Event]:
-        started = time.perf_counter()
-        self._revise(stories, turn)
-        settings = self.image_settings
+        started, settings = time.perf_counter(), self.image_settings
         branches = count_branches(settings, pictures=True)
-        chosen = {s.number: self._choose(s, turn) for s in stories}
-        documents = [self._turn_document(s, chosen[s.number], turn) for s in stories]
-        contexts = self._fork(stories, documents, branches)
-        queries = [self._query(s, chosen[s.number], turn) for s in stories]
-        shown: dict[int, Sequence[int]] = {n: tuple(k + 1 for k in c) for n, c in chosen.items()}
-        for story in stories:
+        chosen = [story.choose(turn) if story.has(turn) else [] for story in stories]
+        seen = [tuple(index + 1 for index in indices) for indices in chosen]
+        queries = [self._query(story, indices, turn) for story, indices in zip(stories, chosen, strict=True)]
+        for story, numbers in zip(stories, seen, strict=True):
             if story.live(turn):
-                yield TurnStarted(story.number, turn, story.steps[turn - 1], tuple(shown[story.number]))
+                yield TurnStarted(story.number, turn, story.steps[turn - 1], numbers)
+        documents = [self._turn_document(s, indices, turn) for s, indices in zip(stories, chosen, strict=True)]
+        contexts = self._fork(stories, documents, branches, turn)
         steps = settings.num_timesteps - 1
         pictures: list[PILImage.Image | None] = []
-        for done, latents in self.reader.denoise(contexts, queries, settings, branches, chunks=self._parts):
+        largest = max(math.prod(story.size) for story in stories) // self.reader.config.latent_stride**2
+        for done, latents in self.reader.denoise(contexts, queries, settings, branches, self._parts, largest):
             pictures = [
                 self.reader.picture(tokens, story.size) if story.live(turn) else None
                 for story, tokens in zip(stories, latents, strict=True)
@@ -312,74 +385,83 @@ class Interleaver:
                 if picture is not None and done < steps:
                     yield Preview(story.number, turn, done, steps, picture)
         seconds = time.perf_counter() - started
-        for story, query, picture in zip(stories, queries, pictures, strict=True):
-            if picture is None or query is None:
-                continue
-            story.turns.append(dataclasses.replace(story.heading(turn), picture=Shown(picture)))
-            step, seen = story.steps[turn - 1], tuple(shown[story.number])
-            yield FrameMade(story.number, turn, step, seen, query.seed, picture, seconds)
-
-    def _revise(self, stories: Sequence[_Story], turn: int) -> None:
-        """Lets the caller change the steps that are still to come."""
-        if self.revise is None:
-            return
-        for story in stories:
-            if not story.live(turn) or not story.planned:
-                continue
-            steps = self.revise(story.number, turn, tuple(step or "" for step in story.steps))
-            if steps is not None and list(steps) != story.steps:
-                self._check_steps(steps)
-                story.steps = list(steps)
-                self._prologues = None
-
-    def _choose(self, story: _Story, turn: int) -> list[int]:
-        """The frames before `turn` that it sees, as indices; drawn from the seed and the turn alone."""
-        if not story.live(turn):
-            return []
-        rng = np.random.default_rng([story.request.seed, turn])
-        return story.request.policy.choose(turn - 1, rng)
+        for story, numbers, picture in zip(stories, seen, pictures, strict=True):
+            if picture is not None:
+                story.turns.append(dataclasses.replace(story.heading(turn), picture=Shown(picture)))
+                yield FrameMade(story.number, turn, story.steps[turn - 1], numbers, story.seed(turn), picture, seconds)
 
     def _turn_document(
         self, story: _Story, chosen: Sequence[int], turn: int
     ) -> tuple[list[EncodedSegment], tuple[np.ndarray, ...]]:
         """The chosen frames and the heading of a turn, with the latents of the frames; nothing if there is no turn."""
-        if not story.live(turn):
+        if not story.has(turn):
             return [], ()
-        segments: list[EncodedSegment] = []
-        latents: tuple[np.ndarray, ...] = ()
+        encode = self.reader.encoder.encode
+        kept, story.encoded = story.encoded, {}  # of the frames of the last turn only: memory stays flat
         for index in chosen:
-            if index not in story.encoded:
-                document = self.reader.encoder.encode(history([story.turns[index]]))
+            if index not in kept:
+                document = encode(history([story.turns[index]]))
                 # Frames are numbered after the condition pictures: each has its own posterior noise.
                 first = len(story.request.images) + index
-                story.encoded[index] = document, self.reader.latent_tokens(document, story.request.seed, first)
-            segments += story.encoded[index][0]
-            latents += story.encoded[index][1]
-        return segments + self.reader.encoder.encode(heading(story.heading(turn))), latents
+                kept[index] = document, self.reader.latent_tokens(document, story.request.seed, first)
+            story.encoded[index] = kept[index]
+        segments = [segment for index in chosen for segment in kept[index][0]]
+        latents = tuple(tokens for index in chosen for tokens in kept[index][1])
+        return segments + encode(heading(story.heading(turn))), latents
 
     def _fork(
         self,
         stories: Sequence[_Story],
         documents: Sequence[tuple[list[EncodedSegment], tuple[np.ndarray, ...]]],
         branches: int,
+        turn: int,
     ) -> Read:
         """Extends the prologues' contexts, which are read once, and again only where they lack room."""
-        longest = max(_length(document) for document, _ in documents)
-        if self._prologues is None or self._prologues.room < longest:
-            self._prologues = self._read_prologues(stories, branches, longest)
+        needs = [self._need(story, turn) for story in stories]
+        least = Budget(*(max(getattr(need, name) for need in needs) for name in ("und", "gen", "vit")))
+        room = max(need.und + need.gen for need in needs)
+        if self._prologues is None or self._prologues.room < room:
+            self._prologues = None  # frees its memory before the larger ones are made
+            self._prologues = self._read_prologues(stories, branches, room)
         names = BRANCHES[:branches]
         return self.reader.extend(
             self._prologues,
             [branch(document, name) for name in names for document, _ in documents],
             [() if name == "no_image" else latents for name in names for _, latents in documents],
+            least,
         )
+
+    def _need(self, story: _Story, turn: int) -> Budget:
+        """Returns the tokens that the largest documents among a request's turns up to this one take.
+
+        The same whether earlier turns were made in this run or not, and whether the request has ended: so a run that
+        goes on has contexts and calls of the same shapes, and the end of a request changes none.
+        """
+        encoder, (height, width) = self.reader.encoder, story.size
+        clean, vit = (
+            math.prod(side // cell for side in transform.size(width, height))
+            for transform, cell in (
+                (encoder.vae_transform, encoder.latent_stride),
+                (encoder.vit_transform, encoder.vit_patch),
+            )
+        )
+        turns = range(1, min(turn, len(story.steps)) + 1)
+        texts = [
+            sum(len(text.ids) + 2 for text in encoder.encode(heading(story.heading(t))) if isinstance(text, TextTokens))
+            for t in turns
+        ]
+        chosen = [story.choose(t) for t in turns]
+        # The markers of a picture are und tokens, like what the ViT sees of it.
+        und = [texts[t] + sum(texts[i] + vit + 4 for i in seen) for t, seen in enumerate(chosen)]
+        frames = max(map(len, chosen), default=0)
+        return Budget(max(und, default=0), frames * clean, frames * vit)
 
     def _read_prologues(self, stories: Sequence[_Story], branches: int, room: int) -> Read:
         documents, latents = [], []
         for story in stories:
-            document = self.reader.encoder.encode(story.prologue())
-            documents.append(document)
-            latents.append(self.reader.latent_tokens(document, story.request.seed))
+            plan = self.reader.encoder.encode(story.prologue()[len(story.opening) :])
+            documents.append([*story.opening, *plan])
+            latents.append(self.reader.latent_tokens(story.opening, story.request.seed))
         names = BRANCHES[:branches]
         return self.reader.read(
             [branch(document, name) for name in names for document in documents],
@@ -388,15 +470,9 @@ class Interleaver:
         )
 
     def _query(self, story: _Story, chosen: Sequence[int], turn: int) -> Query | None:
-        if not story.live(turn):
+        if not story.has(turn):
             return None
-        seed = story.seeds[turn - 1] if turn <= len(story.seeds) else story.request.seed
-        return Query(story.size, seed, turn, after_pictures=bool(chosen or story.request.images))
-
-
-def _length(document: Sequence[EncodedSegment]) -> int:
-    """Tokens of a document at most."""
-    return sum(2 + (s.grid[0] * s.grid[1] if isinstance(s, ImageTokens) else len(s.ids)) for s in document)
+        return Query(story.size, story.seed(turn), turn, after_pictures=bool(chosen or story.request.images))
 
 
 def interleave(

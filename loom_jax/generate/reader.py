@@ -32,6 +32,7 @@ from loom_jax.nn import Purpose, denoising_schedule, make_key
 
 OnStep = Callable[[int, int], None]
 SCHEDULE_BUCKET = 64
+NOTHING = Budget(0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +122,17 @@ class Reader:
         read: Read,
         documents: Sequence[Sequence[EncodedSegment]],
         latents: Sequence[Sequence[np.ndarray]],
+        least: Budget = NOTHING,
     ) -> Read:
         """Reads more after contexts, which stay as they are: a fork. A row may get nothing.
+
+        Args:
+          least: lengths that rows are filled up to, so that calls with shorter documents share what is compiled.
 
         Raises:
           InputError: the contexts have no room for it.
         """
-        batch, ends, position, split = self._pack(documents, read.ends)
+        batch, ends, position, split = self._pack(documents, read.ends, least)
         longest = max(end.order for end in ends)
         if longest > read.context.capacity:
             raise InputError(f"a context of {read.context.capacity} tokens cannot hold {longest}: read with more room")
@@ -135,7 +140,7 @@ class Reader:
         return Read(context, ends)
 
     def _pack(
-        self, documents: Sequence[Sequence[EncodedSegment]], starts: Sequence[LayoutState]
+        self, documents: Sequence[Sequence[EncodedSegment]], starts: Sequence[LayoutState], least: Budget = NOTHING
     ) -> tuple[Batch, tuple[LayoutState, ...], np.ndarray, np.ndarray]:
         """Lays documents out from `starts`; also returns where they end, as layout states and as arrays [B]."""
         rows = [
@@ -143,7 +148,7 @@ class Reader:
             for document, start in zip(documents, starts, strict=True)
         ]
         needs = [total_need(row) for row in rows]
-        und, gen, vit = (bucket(max(getattr(n, name) for n in needs)) for name in ("und", "gen", "vit"))
+        und, gen, vit = (bucket(max(getattr(n, name) for n in [least, *needs])) for name in ("und", "gen", "vit"))
         ends = tuple(row[0].layout.end for row in rows)
         position, split = (np.asarray([getattr(e, f) for e in ends], np.int32) for f in ("position", "split"))
         return pack(rows, Budget(max(1, und), gen, vit), self._tables), ends, position, split
@@ -180,6 +185,7 @@ class Reader:
         settings: ImageSettings,
         branches: int,
         chunks: int = 1,
+        least: int = 0,
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Makes one picture a query; yields (steps done, latent tokens float32 [cells, C] of each), the last when done.
 
@@ -187,6 +193,7 @@ class Reader:
           read: contexts of branches * B rows: branch by branch, in each the queries' rows in order.
           queries: B of them; None for a row that makes nothing (it only keeps its place in the batch).
           chunks: in about how many parts, for progress and previews.
+          least: latent tokens that rows are filled up to, so that calls with smaller pictures share what is compiled.
         """
         stride, width = self.config.latent_stride, self.config.latent_dim
         images = [
@@ -198,7 +205,7 @@ class Reader:
             for segments, start in zip(images * branches, read.ends, strict=True)
         ]
         cells = [sum(image.grid[0] * image.grid[1] for image in segments) for segments in images]
-        batch = pack(rows, Budget(2, bucket(max(cells)), 0), self._tables)
+        batch = pack(rows, Budget(2, bucket(max(least, *cells)), 0), self._tables)
         noise = np.zeros((len(queries), batch.latents.cell.shape[1], width), np.float32)
         for row, (query, count) in enumerate(zip(queries, cells, strict=True)):
             if query is not None:
