@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loom_jax.converters.parity import generation, inputs, packs, parts, rows, training
+from loom_jax.converters.parity import generation, inputs, optim, packs, parts, rows, training
 from loom_jax.converters.parity.port import Port, open_port
 from loom_jax.converters.parity.records import Checked, Records
 from loom_jax.converters.parity.report import FORWARD, MANY_STEPS, compare, write_report
@@ -33,6 +33,8 @@ CHECKS: dict[str, Callable[[Records, Port], Checked]] = {
     "train.npz": training.check_train,
     "train_alt.npz": training.check_train_alt,
     "train_grads.npz": training.check_train_grads,
+    "optim.npz": optim.check_optim,
+    "mfu.json": optim.check_mfu,
     "infer_ctx.npz": generation.check_infer_ctx,
     "gen_text.npz": generation.check_gen_text,
     "gen_image.npz": generation.check_gen_image,
@@ -45,15 +47,13 @@ CHECKS: dict[str, Callable[[Records, Port], Checked]] = {
 
 TOLERANCES = {
     "train_grads.npz": MANY_STEPS,
+    "optim.npz": MANY_STEPS,
     "gen_image.npz": MANY_STEPS,
     "pipeline.npz": MANY_STEPS,
 }
 """Tolerances other than that of a single forward pass."""
 
 EXCUSED = {
-    "optim.npz/*": "the optimizer comes with training",
-    "mfu.json/*": "counting FLOPs comes with training",
-    "train_alt.npz/freeze_und_*": "freeze_und comes with training",
     "loom.npz/*": "Loom's rows and programs come with interleaved generation",
     "loom.json/*": "Loom's rows and programs come with interleaved generation",
     "taylor.npz/*": "TaylorSeer comes with accelerated sampling",
@@ -82,7 +82,9 @@ def _place(report: dict[str, Any], records: Records, file: str, array: str, chec
     if array in checked.computed:
         tolerance = TOLERANCES.get(file, FORWARD)
         expected = records.expected(file, array)
-        found = compare(checked.computed[array], expected, tolerance)
+        found = compare(
+            checked.computed[array], expected, tolerance, checked.masks.get(array), checked.scales.get(array)
+        )
         report["arrays"].append({**named, **found._asdict(), "tolerance": tolerance})
     elif array in checked.inputs:
         report["inputs"].append(named)

@@ -75,9 +75,11 @@ class Checked:
       inputs: names of draws, source pictures, ids and settings that the check was fed.
       compared: name -> the part of the record to compare with, where it is not the whole value.
       masks: name -> bool array, True where the record can be compared at all.
+      scales: name -> what differences are measured against, where it is not the rms of the record.
     """
 
     computed: dict[str, Any] = dataclasses.field(default_factory=dict)
     inputs: set[str] = dataclasses.field(default_factory=set)
     compared: dict[str, Any] = dataclasses.field(default_factory=dict)
     masks: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)

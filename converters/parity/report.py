@@ -31,8 +31,13 @@ class Difference(NamedTuple):
     ok: bool
 
 
-def compare(actual: Any, expected: Any, tolerance: float, mask: np.ndarray | None = None) -> Difference:
-    """Compares by the kind of the record: pictures (uint8), floats, and everything else, which must be equal."""
+def compare(
+    actual: Any, expected: Any, tolerance: float, mask: np.ndarray | None = None, scale: float | None = None
+) -> Difference:
+    """Compares by the kind of the record: pictures (uint8), floats, and everything else, which must be equal.
+
+    `mask` and `scale` are for floats; see `measure`.
+    """
     if not isinstance(expected, np.ndarray):
         equal = actual == expected
         return Difference(list(np.shape(expected)), float(not equal), float(not equal), 0.0, equal)
@@ -44,13 +49,19 @@ def compare(actual: Any, expected: Any, tolerance: float, mask: np.ndarray | Non
     if not np.issubdtype(expected.dtype, np.floating):
         wrong = float((actual != expected).any())
         return Difference(list(expected.shape), wrong, wrong, 0.0, not wrong)
-    return measure(actual, expected, tolerance, mask)
+    return measure(actual, expected, tolerance, mask, scale)
 
 
-def measure(actual: np.ndarray, expected: np.ndarray, tolerance: float, mask: np.ndarray | None = None) -> Difference:
-    """Compares floats: the largest difference must stay within `tolerance` of the record's rms.
+def measure(
+    actual: np.ndarray,
+    expected: np.ndarray,
+    tolerance: float,
+    mask: np.ndarray | None = None,
+    scale: float | None = None,
+) -> Difference:
+    """Compares floats: the largest difference must stay within `tolerance` of the record's rms, or of `scale`.
 
-    Infinite and missing (NaN) values of the record must be met exactly.
+    Infinite and missing (NaN) values of the record must be met exactly; where `mask` is False nothing is compared.
     """
     finite = np.isfinite(expected)
     same = np.array_equal(actual[~finite], expected[~finite], equal_nan=True)
@@ -60,7 +71,8 @@ def measure(actual: np.ndarray, expected: np.ndarray, tolerance: float, mask: np
         return Difference(list(expected.shape), 0.0, 0.0, 0.0, same)
     error = float(np.abs(actual[compared].astype(np.float64) - reference).max())
     rms = float(np.sqrt(np.mean(reference**2)))
-    relative = error / rms if rms else (np.inf if error else 0.0)
+    against = rms if scale is None else scale
+    relative = error / against if against else (np.inf if error else 0.0)
     return Difference(list(expected.shape), error, relative, rms, bool(same and relative <= tolerance))
 
 

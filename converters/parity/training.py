@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -155,12 +156,13 @@ def check_train(records: Records, port: Port) -> Checked:
 
 
 def check_train_alt(records: Records, port: Port) -> Checked:
-    """The same pack with reweighting, another timestep shift, and filler under the blockwise attention."""
+    """The same pack with reweighting, another shift, filler under the blockwise attention, und gradients cut."""
     r = records.arrays("train_alt")
     plain, filled = build_pack(records, port), build_pack(records, port, spare=5)
     base, shifted = run_pack(port, plain), run_pack(port, plain, shift=3.0)
     flex = run_pack(port, filled, attend=blockwise_attention)
     reweighted = mean_losses(base["sums"], reweight=True)
+    frozen_loss, frozen = loss_and_gradients(port, plain, freeze_und=True)
     computed = {
         "rw_ce_loss": reweighted[0],
         "rw_loss": sum(reweighted),
@@ -169,40 +171,54 @@ def check_train_alt(records: Records, port: Port) -> Checked:
         "shift3_loss": sum(mean_losses(shifted["sums"])),
         "flex_ce": _at_labels(filled, flex["ce"]),
         "flex_mse": _at_noise(filled, flex["mse"]),
+        "freeze_und_loss": frozen_loss,
+        "freeze_und_norms": _norms(by_release_key(port, frozen), [str(n) for n in r["freeze_und_names"]]),
     }
-    return Checked({name: value for name, value in computed.items() if name in r})
+    return Checked(computed, {"freeze_und_names"})
 
 
 def check_train_grads(records: Records, port: Port) -> Checked:
     """Gradients of the loss of every parameter."""
     r = records.arrays("train_grads")
-    gradients = torch_gradients(port, build_pack(records, port))
+    _, found = loss_and_gradients(port, build_pack(records, port))
+    gradients = by_release_key(port, found)
     out = Checked(inputs={"norm_names", "frozen_names"})
     for name in r:
         if match := re.fullmatch(r"grad\.([^\[]+)(?:\[:(\d+)\])?", name):
             gradient = gradients[match[1]]
             out.computed[name] = gradient if match[2] is None else gradient[: int(match[2])]
-    norms = {key: float(np.linalg.norm(g.astype(np.float64))) for key, g in gradients.items()}
     named = [str(n) for n in r["norm_names"]]
-    out.computed["norms"] = np.asarray([norms[n] for n in named], np.float32)
-    out.computed["total_norm"] = np.float32(np.sqrt(sum(norms[n] ** 2 for n in named)))
+    out.computed["norms"] = _norms(gradients, named)
+    out.computed["total_norm"] = np.float32(np.sqrt((out.computed["norms"].astype(np.float64) ** 2).sum()))
     return out
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _gradients(graphdef: Any, params: Any, batch: Batch, clean: Any, noise: Any, normal: Any) -> Any:
+def _norms(gradients: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    return np.asarray([np.linalg.norm(gradients[name].astype(np.float64)) for name in names], np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "freeze_und"))
+def _value_and_grad(
+    graphdef: Any, params: Any, batch: Batch, clean: Any, noise: Any, normal: Any, freeze_und: bool
+) -> Any:
     def loss(params: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        decoded = training_forward(model, batch.streams, clean, noise, training_timesteps(normal, 1.0))
+        t = training_timesteps(normal, 1.0)
+        decoded = training_forward(model, batch.streams, clean, noise, t, freeze_und=freeze_und)
         return jnp.sum(jnp.stack(mean_losses(loss_sums(model, decoded, batch.targets, clean, noise))))
 
-    return jax.grad(loss)(params)
+    return jax.value_and_grad(loss)(params)
 
 
-def torch_gradients(port: Port, pack_: Pack) -> dict[str, np.ndarray]:
-    """Returns the gradient of the pack's loss by the key and in the shape of each tensor of the release."""
-    graphdef, params = nnx.split(port.model)
-    tree = _gradients(graphdef, params, pack_.batch, pack_.clean, pack_.noise, pack_.normal)
+def loss_and_gradients(port: Port, pack_: Pack, params: Any = None, freeze_und: bool = False) -> tuple[Any, Any]:
+    """Returns the pack's loss and its gradient by parameter; with the weights of the set unless others are given."""
+    graphdef, own = nnx.split(port.model)
+    drawn = pack_.clean, pack_.noise, pack_.normal
+    return _value_and_grad(graphdef, own if params is None else params, pack_.batch, *drawn, freeze_und=freeze_und)
+
+
+def by_release_key(port: Port, tree: Any) -> dict[str, np.ndarray]:
+    """Returns values of all parameters by the key and in the shape of each tensor of the release."""
     flat = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(tree)}
     out = {}
     for entry in model_entries(port.config):

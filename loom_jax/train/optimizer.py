@@ -19,13 +19,14 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Returns the schedule of spec section 9. As in the original, cosine rises again beyond `total_steps`."""
 
     def at(step: Any) -> jax.Array:
-        warm = jnp.minimum(1.0, step / max(1, config.warmup_steps))
+        warming = step < config.warmup_steps
+        warm = step / max(1, config.warmup_steps)
         if config.schedule == "constant":
-            return config.learning_rate * warm
+            return config.learning_rate * jnp.where(warming, warm, 1.0)
         least = config.min_learning_rate / config.learning_rate
         progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
         falling = jnp.maximum(0.0, (1 - least) * 0.5 * (1 + jnp.cos(jnp.pi * progress)) + least)
-        return config.learning_rate * jnp.where(step < config.warmup_steps, warm, falling)
+        return config.learning_rate * jnp.where(warming, warm, falling)
 
     return at
 

@@ -69,7 +69,8 @@ def update_ema(ema: nnx.State | None, params: nnx.State, decay: float) -> nnx.St
         return None
 
     def mix(average: jax.Array, param: jax.Array) -> jax.Array:
-        return (decay * average.astype(jnp.float32) + (1 - decay) * param.astype(jnp.float32)).astype(average.dtype)
+        average32 = average.astype(jnp.float32)
+        return (average32 + (1 - decay) * (param.astype(jnp.float32) - average32)).astype(average.dtype)
 
     return jax.tree.map(mix, ema, params)
 
