@@ -1,5 +1,6 @@
 """Checkpoints of a run: saved in the background, kept by policy, restored onto any mesh, never half there."""
 
+import json
 import os
 import signal
 import socket
@@ -135,10 +136,12 @@ def test_policies_keep_the_newest_and_the_round_ones(tmp_path):
     assert checkpoints.restore(state, step=15).step == 15
     with pytest.raises(CheckpointError, match="no checkpoint of step 20: there are 15, 30, 35"):
         checkpoints.restore(state, step=20)
-    # Another job goes on from 15 and comes to 30 again.
-    with RunCheckpoints(tmp_path, every=5, keep_last=2, keep_every=15) as again:
-        again.save(30, jax.tree.map(lambda a: 2 * a, state), b"\x00\xff")
-    restored = again.restore(state, step=30)
+    again = RunCheckpoints(tmp_path, every=5, keep_last=2, keep_every=15)
+    with pytest.raises(CheckpointError, match="holds step 35, later than step 30: remove what is later"):
+        again.save(30, state)
+    again.save(35, jax.tree.map(lambda a: 2 * a, state), b"\x00\xff")
+    again.wait()
+    restored = again.restore(state)
     assert np.asarray(jax.tree.leaves(restored.state)[0]).max() == 2 and restored.own_data() == b"\x00\xff"
     with pytest.raises(ConfigError, match="save.keep_last=0"):
         RunCheckpoints(tmp_path, keep_last=0)
@@ -211,13 +214,13 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
     left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert len(left) == 2 and "1" in left and "2" not in left, left
     checkpoints = RunCheckpoints(tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
     restored = checkpoints.restore(ABSTRACT)
     assert restored.step == 1 and restored.own_data() == {"row": 1}
     assert float(jax.tree.leaves(restored.state)[0].min()) == 3
     checkpoints.save(2, restored.state, {"row": 2})
     checkpoints.wait()
     assert checkpoints.restore(ABSTRACT).step == 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
 FULL = """
@@ -382,3 +385,12 @@ def run_python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]"
     process = start_python(code, *arguments)
     output, _ = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+@pytest.mark.slow
+def test_restoring_holds_no_more_than_own_shards_and_one_tensor(tmp_path):
+    benchmark = [sys.executable, str(ROOT / "benchmarks" / "restore.py"), "--smoke", "--out", str(tmp_path / "r.json")]
+    done = subprocess.run(benchmark, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["within"] and [process["shards"] for process in report["processes"]] == [report["bytes"] / 2] * 2

@@ -53,6 +53,9 @@ CHECKPOINTS = "checkpoints"
 STEP_SCHEMA_VERSION = 1
 """Version of a step's form that this code writes."""
 
+SAVE_SECONDS = 2 * 3600
+"""How long a save may take before it counts as failed: 234 GB of a full 7 B state over a slow network disk."""
+
 STATE, DATA, META = "state", "data", "meta"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 _DISCARDED = "*.discarded"
@@ -133,8 +136,8 @@ class RunCheckpoints:
         self.every, self.keep_last, self.keep_every = every, keep_last, keep_every
         self._pending: tuple[int, ocp.AsyncResponse[None]] | None = None
         self._saved: int | None = None
+        self._cleaned = False
         logging.getLogger("absl").addFilter(_QUIET)
-        self._clean()
 
     def __enter__(self) -> Self:
         return self
@@ -169,10 +172,18 @@ class RunCheckpoints:
 
         Raises:
           LoomError: this save could not be begun, or the one before it could not be written, as on a full disk.
+          CheckpointError: there are checkpoints of later steps, which a next start would take for the newest.
         """
         if self._saved == step:
             return
         self.wait()
+        if (latest := self.latest()) is not None and latest > step:
+            raise CheckpointError(
+                f"{self._checkpoints} holds step {latest}, later than step {step}: remove what is later to go on from "
+                "an older step"
+            )
+        if not self._cleaned:  # only by a job that saves: others may look into the folder while it does
+            self._clean()
         content = {
             STATE: _on_host(state),
             DATA: {"processes": _gather(data)},
@@ -240,6 +251,7 @@ class RunCheckpoints:
 
     def _clean(self) -> None:
         """Removes what killed saves and removals left behind."""
+        self._cleaned = True
         if jax.process_index() == 0:
             for pattern in (_UNFINISHED, _DISCARDED):
                 for path in self._checkpoints.glob(pattern):
@@ -267,6 +279,7 @@ class RunCheckpoints:
         check_shapes(str(path), found, arrays.shapes_on_disk(leaves), way_out)
         restored = restore_leaves(path, _target(leaves, shardings))
         state = structure.unflatten([restored[name] for name in leaves])
+        self._saved = meta["step"]
         return Restored(meta["step"], state, _read_data(path), meta)
 
     def restore_params(
@@ -375,6 +388,7 @@ def _context() -> ocp.Context:
     for name in (DATA, META):
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context.checkpointables.registry = registry
+    context.asynchronous.timeout_secs = SAVE_SECONDS
     return context
 
 
