@@ -15,15 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from loom_jax.checkpoint import load_module, read_folder
 from loom_jax.converters.bagel import from_orbax as export
 from loom_jax.converters.bagel import to_orbax as convert
 from loom_jax.core import ConfigError, LoomConfig, TokenizerError
@@ -45,7 +42,7 @@ from loom_jax.generate import (
     TurnStarted,
     interleave,
 )
-from loom_jax.models import Autoencoder, Backend, LoomModel
+from loom_jax.models import Backend, load_folder
 from loom_jax.nn import ATTENTION_BACKENDS
 from loom_jax.parallel import make_constrain, make_mesh
 
@@ -100,20 +97,12 @@ def load(
         raise ConfigError(f"attention={attention!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    converted = read_folder(folder)
-    tokenizer = add_tokens(Tokenizer.from_folder(converted.path), tokens, converted.config)
     mesh = mesh or make_mesh(preset)
-    place: dict[str, Any] = {"mesh": mesh, "preset": preset}
+    loaded = load_folder(folder, mesh=mesh, preset=preset, dtype=dtype, param_dtype=dtype)
+    tokenizer = add_tokens(loaded.tokenizer, tokens, loaded.config)
     backend = Backend(ATTENTION_BACKENDS[attention], make_constrain(mesh))
-
-    def build(config: LoomConfig) -> LoomModel:
-        return LoomModel(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-
-    model = load_module(converted, "model", build, dtype=dtype, **place)
-    # The autoencoder stays in float32: it is small, and the release ships it so.
-    vae = load_module(converted, "vae", lambda c: Autoencoder(c.vae, rngs=nnx.Rngs(0)), dtype=jnp.float32, **place)
-    engine = Engine(model, vae, tokenizer.special, len(tokenizer), backend)
-    return Generator(converted.config, engine, make_encoder(converted.config, tokenizer))
+    engine = Engine(loaded.model, loaded.vae, tokenizer.special, len(tokenizer), backend)
+    return Generator(loaded.config, engine, make_encoder(loaded.config, tokenizer))
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], config: LoomConfig) -> Tokenizer:

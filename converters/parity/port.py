@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loom_jax.checkpoint import load_module, read_folder
 from loom_jax.converters.bagel import to_orbax
 from loom_jax.converters.parity.records import Records
 from loom_jax.core import LoomConfig
 from loom_jax.data import Packable, Tables
-from loom_jax.document import EncodedSegment, Encoder, ImageTransform, Tokenizer, lay_out
-from loom_jax.models import Autoencoder, LoomModel
+from loom_jax.document import EncodedSegment, Encoder, ImageTransform, lay_out
+from loom_jax.models import Autoencoder, LoomModel, load_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +55,16 @@ def open_port(records: Records) -> Port:
     """Converts the set's checkpoint into a temporary folder and loads it from there in float32."""
     with tempfile.TemporaryDirectory(prefix="loom_parity_") as scratch:
         to_orbax(records.folder / "ckpt", Path(scratch) / "converted")
-        folder = read_folder(Path(scratch) / "converted")
-        model = load_module(folder, "model", lambda c: LoomModel(c, rngs=nnx.Rngs(0)), dtype=jnp.float32)
-        vae = load_module(folder, "vae", lambda c: Autoencoder(c.vae, rngs=nnx.Rngs(0)), dtype=jnp.float32)
-        tokenizer = Tokenizer.from_folder(folder.path)
+        loaded = load_folder(Path(scratch) / "converted", param_dtype=jnp.float32)
     settings = records.settings
     encoder = Encoder(
-        tokenizer=tokenizer,
-        latent_stride=folder.config.latent_stride,
-        vit_patch=folder.config.vit.patch_size,
+        tokenizer=loaded.tokenizer,
+        latent_stride=loaded.config.latent_stride,
+        vit_patch=loaded.config.vit.patch_size,
         vae_transform=ImageTransform(*settings["vae_tf"]),
         vit_transform=ImageTransform(*settings["vit_tf"]),
     )
-    return Port(folder.config, model, vae, encoder)
+    return Port(loaded.config, loaded.model, loaded.vae, encoder)
 
 
 def channels_first(x: Any) -> np.ndarray:

@@ -49,7 +49,7 @@ class Engine:
         backend: Backend = BACKEND,
     ):
         self.config, self.dtype = model.config, model.dtype
-        graphdef, self._params = nnx.split(model)
+        self._graphdef, self._params = graphdef, _ = nnx.split(model)
         vae_graphdef, self._vae_params = nnx.split(vae)
 
         def start(params: Any, streams: Streams, latents: Any, position: Any, split: Any, capacity: int) -> Context:
@@ -86,6 +86,14 @@ class Engine:
         self._steps = jax.jit(steps, static_argnames=("branches", "renorm"))
         self._encode = jax.jit(encode)
         self._decode = jax.jit(decode)
+
+    def use_weights(self, model: LoomModel) -> None:
+        """Goes on with the weights of a model of the same structure; nothing is compiled anew."""
+        self._params = nnx.split(model)[1]
+
+    def model(self) -> LoomModel:
+        """Returns the transformer with its weights."""
+        return nnx.merge(self._graphdef, self._params)
 
     def compilations(self) -> dict[str, int]:
         """Returns how many shapes each compiled call has seen: a server's life should hold a handful."""

@@ -54,5 +54,8 @@ def load_folder(
     model = load_module(
         folder, "model", lambda config: LoomModel(config, rngs=nnx.Rngs(0), dtype=dtype), dtype=param_dtype, **where
     )
-    vae = load_module(folder, "vae", lambda config: Autoencoder(config.vae, rngs=nnx.Rngs(0)), **where)
+    # The autoencoder stays in float32: it is small, and the release ships it so.
+    vae = load_module(
+        folder, "vae", lambda config: Autoencoder(config.vae, rngs=nnx.Rngs(0)), dtype=jnp.float32, **where
+    )
     return LoadedModel(folder.path, folder.config, model, vae, tokenizer)
