@@ -1,0 +1,70 @@
+"""The tutorial world as rows of a data set: without end, and without files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from loom_jax.core import ConfigError
+from loom_jax.data.bad_rows import BadRow
+from loom_jax.data.world.render import render
+from loom_jax.data.world.scene import Split
+from loom_jax.data.world.tasks import TASKS, Example, WorldTask, draw_example
+from loom_jax.document import format_plan
+
+NUM_ROWS = 1 << 24
+"""Rows of one epoch; the next one shows them in another order."""
+
+
+class WorldRows:
+    """Rows of one task; row i is always the same.
+
+    A row has `instruction_list` (the instruction, and the plan if the task has one) and `image_list`: the frames of a
+    tutorial or decomposition, or else the given pictures and then the target. `condition_list` holds the pictures given
+    to a tutorial or decomposition, `entity_list` the token of each picture given to another task.
+
+    Args:
+      task: the name of a task, which is that of its recipe too.
+      split: `train`, or a held-out one.
+      seed: of all examples.
+
+    Raises:
+      ConfigError: there is no such task.
+    """
+
+    blocks: Sequence[int] = ()
+    bad_files: Sequence[BadRow] = ()
+
+    def __init__(self, task: str, split: Split = "train", seed: int = 0):
+        if task not in TASKS:
+            raise ConfigError(f"the world has no rows for recipe {task!r}: there are rows for {', '.join(TASKS)}")
+        self._task: WorldTask = task
+        self._split, self._seed = split, seed
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return to_row(draw_example(self._task, self._split, self._seed, index))
+
+
+def to_row(example: Example) -> dict[str, Any]:
+    """Returns an example as a row, as described at `WorldRows`."""
+    pictures = [encode_png(picture) for picture in render(example.scenes)]
+    given = len(example.conditions)
+    if not example.steps:
+        entities = [token for token, _ in example.conditions]
+        return {"image_list": pictures, "instruction_list": [example.instruction], "entity_list": entities}
+    row = {"image_list": pictures[given:], "instruction_list": [example.instruction, format_plan(example.plan)]}
+    return {**row, "condition_list": pictures[:given]} if given else row
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """Returns a picture, uint8 [H, W, 3], as a PNG file."""
+    file = io.BytesIO()
+    PILImage.fromarray(picture).save(file, "PNG", compress_level=1)
+    return file.getvalue()
