@@ -432,10 +432,11 @@ class Interleaver:
         )
 
     def _need(self, story: _Story, turn: int) -> Budget:
-        """Returns the tokens that the largest documents among a request's turns up to this one take.
+        """Returns what the largest documents of a request take, among its first 4, 8, 16, ... turns with this one.
 
         The same whether earlier turns were made in this run or not, and whether the request has ended: so a run that
-        goes on has contexts and calls of the same shapes, and the end of a request changes none.
+        goes on has contexts and calls of the same shapes, the end of a request changes none, and histories that grow
+        with the turns are compiled for log2 of their number.
         """
         encoder, (height, width) = self.reader.encoder, story.size
         clean, vit = (
@@ -445,7 +446,7 @@ class Interleaver:
                 (encoder.vit_transform, encoder.vit_patch),
             )
         )
-        turns = range(1, min(turn, len(story.steps)) + 1)
+        turns = range(1, min(max(4, 1 << (turn - 1).bit_length()), len(story.steps)) + 1)
         texts = [
             sum(len(text.ids) + 2 for text in encoder.encode(heading(story.heading(t))) if isinstance(text, TextTokens))
             for t in turns
