@@ -179,7 +179,7 @@ def test_bad_rows_are_counted_and_the_run_goes_on():
 
 
 def test_both_streams_of_the_tiny_data_are_full():
-    p = pipeline(data_config(rows=4, look_ahead=3.0))
+    p = pipeline(data_config(rows=4, look_ahead=3.0, budget={"und": 1024, "gen": 384, "vit": 640}))
     fills = []
     for _ in range(12):
         next(p)

@@ -10,7 +10,7 @@ from PIL import Image
 from loom_jax.converters.parity.rows import Scripted
 from loom_jax.data import RECIPES, BadRow, DropoutConfig, RowCounts, composition, edit, open_source, t2i, tutorial, vlm
 from loom_jax.data.reader import drop_conditions
-from loom_jax.document import ImageTokens, Text, TextTokens, parse_steps
+from loom_jax.document import ImageTokens, Text, TextTokens, parse_steps, plan_prompt
 from tests.reference import golden_json
 
 RNG = np.random.default_rng
@@ -67,16 +67,42 @@ def test_vlm_puts_images_where_the_question_says():
     assert outline(vlm(row, RNG(0))) == ["vit 1", "look", "vit 2", "ok*", "why?", "so*"]
 
 
+TUTORIAL = {
+    "image_list": [png(k) for k in range(1, 5)],
+    "instruction_list": ["rice", "Step1: a, Step2: b, Step3: c, Step4: d"],
+}
+
+
 def test_tutorial_plans_first_and_shows_earlier_frames():
-    plan = "Step1: a, Step2: b, Step3: c, Step4: d"
-    row = {"image_list": [png(k) for k in range(1, 5)], "instruction_list": ["rice", plan]}
-    seen = {tuple(outline(tutorial(row, RNG(seed)))) for seed in range(40)}
-    assert all(o[:2] == ("rice?", plan + "*") for o in seen)
+    plan = TUTORIAL["instruction_list"][1]
+    seen = {tuple(outline(tutorial(TUTORIAL, RNG(seed)))) for seed in range(80)}
+    prompts = {f"{plan_prompt('tutorial', 'rice', count)}?" for count in (None, 4)}
+    assert {o[0] for o in seen} == prompts and {o[1] for o in seen} == {plan + "*"}
     whole = next(o for o in seen if o[-1] == "noisy 4*" and len(o) == 5)
     assert whole[2:] == ("<|turn_4|>", "d?", "noisy 4*")
     longest = max(seen, key=len)
     assert len(longest) == 2 + 4 * 3 + 3 * 2
     assert longest[2:7] == ("<|turn_1|>", "a?", "noisy 1*", "clean 1?", "vit 1?")
+    given = outline(RECIPES["tutorial_frames"].build(TUTORIAL, RNG(0)))
+    assert given[1] == plan + "?" and given[-1].startswith("noisy")
+
+
+def test_a_tutorial_from_an_image_is_given_its_last_frame_or_what_the_row_gives():
+    build = RECIPES["image_tutorial"].build
+    assert outline(build(TUTORIAL, RNG(0)))[:2] == ["clean 4?", "vit 4?"]
+    row = {**TUTORIAL, "condition_list": [png(9)]}
+    assert outline(build(row, RNG(0)))[:2] == ["clean 9?", "vit 9?"] == outline(tutorial(row, RNG(0)))[:2]
+
+
+def test_a_decomposition_lists_elements_and_shows_each_alone():
+    row = {"image_list": [png(k) for k in (9, 1, 2)], "instruction_list": ["apart", "1. cup\n2. spoon"]}
+    for seed in range(8):
+        made = outline(RECIPES["decomposition"].build(row, RNG(seed)))
+        assert made[:2] == ["clean 9?", "vit 9?"] and made[2].startswith("Take the picture apart")
+        assert made[3] == "1. cup\n2. spoon*" and made[4:] in (
+            ["<|turn_1|>", "cup?", "noisy 1*"],
+            ["<|turn_2|>", "spoon?", "noisy 2*"],
+        )
 
 
 def test_composition_names_the_role_of_each_image():
@@ -92,6 +118,11 @@ def test_composition_names_the_role_of_each_image():
         "noisy 3*",
     ]
     assert outline(composition(row, RNG(0))) == expected
+    assert outline(RECIPES["style"].build({**row, "entity_list": ["<upper>", None]}, RNG(0)))[::3] == [
+        "<upper>",
+        "clean 2?",
+        "noisy 3*",
+    ]
     row["instruction_list"] = ["join them"]
     assert [o for o in outline(composition(row, RNG(0))) if o.startswith("<")] == ["<image 1>", "<image 2>"]
 
@@ -104,6 +135,7 @@ def test_synthetic_rows_suit_their_recipe(recipe):
 
 
 PLAN = "Step1: a, Step2: b"
+SEVEN = ", ".join(f"Step{k}: go on" for k in range(1, 8))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +158,14 @@ PLAN = "Step1: a, Step2: b"
         ("vlm", {"conversations": ["hm"]}, "conversation turn of unknown form"),
         ("tutorial", {"image_list": [png(1)], "instruction_list": ["x", PLAN]}, "plan and image counts differ"),
         ("tutorial", {"image_list": [png(1)] * 2, "instruction_list": ["", PLAN]}, "empty text"),
+        ("tutorial", {"image_list": [png(1)] * 7, "instruction_list": ["x", SEVEN]}, "more frames than time tokens"),
         ("composition", {"image_list": [png(1)], "instruction_list": ["x"]}, "no condition image"),
+        ("composition", {"image_list": [png(1)] * 2, "instruction_list": ["<hat>"]}, "unknown entity token"),
+        (
+            "style",
+            {"image_list": [png(1)] * 2, "instruction_list": ["x"], "entity_list": ["<hat>"]},
+            "unknown entity token",
+        ),
     ],
 )
 def test_bad_rows_say_why(recipe, row, reason):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "loom data"
 KINDS = ("parquet", "jsonl", "folders", "array_record", "synthetic")
-TASKS = ("t2i", "edit", "vlm", "tutorial", "composition")
+TASKS = ("t2i", "edit", "vlm", "tutorial", "tutorial_frames", "image_tutorial", "decomposition", "composition", "style")
 EPILOG = """examples:
   loom data build data/edit --source parquet --recipe edit --out built/edit
   loom data inspect built/edit --source array_record --recipe edit --out rows.html

@@ -10,27 +10,43 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image as PILImage
 
-from loom_jax.core import ImageError
+from loom_jax.core import ImageError, InputError
 from loom_jax.data.bad_rows import BadRow
 from loom_jax.data.config import DropoutConfig
-from loom_jax.document import LOOM_TOKENS, Picture, Role, Segment, Text, open_image, parse_steps
+from loom_jax.document import (
+    ENTITY_TOKENS,
+    LOOM_TOKENS,
+    Condition,
+    HistoryPolicy,
+    InterleavedTask,
+    Picture,
+    Segment,
+    Shown,
+    Text,
+    Turn,
+    assign_entities,
+    learned_frames,
+    open_image,
+    parse_steps,
+    plan_prompt,
+    prologue,
+)
 
 Row = Mapping[str, Any]
 Build = Callable[[Row, np.random.Generator], list[Segment]]
 
 PER_SEGMENT = DropoutConfig()
 TOGETHER = DropoutConfig(text=0.1, clean=0.1, vit=0.1, together=True)
-MAX_HISTORY = 3
-"""Earlier frames that a tutorial's document shows at most."""
+HISTORY = HistoryPolicy("random", 3)
+"""Earlier frames that a tutorial's document shows (spec of Loom: the training default)."""
 TURNS = tuple(token for token in LOOM_TOKENS if token.startswith("<|turn_"))
-ENTITIES = tuple(token for token in LOOM_TOKENS if not token.startswith("<|"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +64,6 @@ class Recipe:
     dropout: DropoutConfig = PER_SEGMENT
     shares_area: bool = False
     tokens: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """A picture of a row, with its latents where the row stores them."""
-
-    image: PILImage.Image
-    moments: np.ndarray | None = None
-
-    def as_roles(self, *roles: Role, droppable: bool = False) -> list[Segment]:
-        """Returns the picture as one segment for each role."""
-        return [Picture(self.image, role, droppable, None if role == "vit" else self.moments) for role in roles]
-
-    def as_condition(self) -> list[Segment]:
-        """Returns the picture as something given: clean latents, then what the ViT sees of it, both droppable."""
-        return self.as_roles("clean", "vit", droppable=True)
 
 
 def t2i(row: Row, rng: np.random.Generator) -> list[Segment]:
@@ -133,46 +133,68 @@ def vlm(row: Row, rng: np.random.Generator) -> list[Segment]:
     return out
 
 
-def tutorial(row: Row, rng: np.random.Generator) -> list[Segment]:
-    """Interleaved output: prompt, the whole plan (learned), then frames, each after its time token and step text.
+def tutorial(
+    row: Row,
+    rng: np.random.Generator,
+    task: InterleavedTask = "tutorial",
+    history: HistoryPolicy = HISTORY,
+    learn_plan: bool = True,
+    condition: Literal["given", "first", "last"] = "given",
+) -> list[Segment]:
+    """Interleaved output: conditions, prompt, plan, then frames, each after its time token and step text.
 
-    Draws one ordered subset of the frames; each frame of it sees those before it. The plan is learned, so it is never
-    dropped.
+    Draws whether the prompt says how many steps there are, and one ordered subset of the frames; each frame of it sees
+    those before it.
+
+    Args:
+      row: frames in `image_list`, the instruction and the plan in `instruction_list`, pictures that are given, if any,
+        in `condition_list`.
+      rng: generator.
+      task: which prompt to use.
+      history: how the subset is drawn.
+      learn_plan: learn the whole plan, which is then never dropped; else it is given, and drops with the other texts.
+      condition: where there is no `condition_list`: nothing is given; or the first picture, which is then no frame; or
+        the last frame, which is one.
     """
-    prompt, plan = _texts(row, 2)
+    instruction, plan = _texts(row, 2)
     frames, steps = _pictures(row, "image_list"), parse_steps(plan)
+    conditions = _pictures(row, "condition_list") if row.get("condition_list") else []
+    if not conditions and condition == "first":
+        conditions, frames = frames[:1], frames[1:]
+    elif not conditions and condition == "last":
+        conditions = frames[-1:]
     if len(frames) != len(steps):
         raise BadRow("plan and image counts differ", f"{len(steps)} steps in the plan, {len(frames)} images")
     if len(frames) > len(TURNS):
         raise BadRow("more frames than time tokens", f"{len(frames)} frames, {len(TURNS)} tokens")
     if not all(steps):
         raise BadRow("empty text", f"a step of the plan {plan[:80]!r}")
-    size = 1 + int(rng.integers(0, min(MAX_HISTORY, len(frames) - 1) + 1))
-    chosen = sorted(int(k) for k in rng.choice(len(frames), size, replace=False))
-    out: list[Segment] = [Text(prompt, droppable=True), Text(plan, loss=True)]
-    for k in chosen:
-        out += [Text(TURNS[k]), Text(steps[k], droppable=True), *frames[k].as_roles("noisy")]
-        if k != chosen[-1]:
-            out += frames[k].as_condition()
-    return out
+    count = len(steps) if rng.integers(2) else None
+    chosen = history.choose_subset(len(frames), rng)
+    start = prologue(
+        [Condition(image) for image in conditions], plan_prompt(task, instruction, count), plan, learn_plan
+    )
+    return [*start, *learned_frames([Turn(k + 1, steps[k], frames[k]) for k in chosen])]
 
 
 def composition(row: Row, rng: np.random.Generator) -> list[Segment]:
     """Interleaved input: images, each after the token of its role, an instruction that refers to them, and the result.
 
-    Roles are the entity tokens that the instruction mentions, in order, or `<image 1>`, `<image 2>` where it mentions
-    fewer than there are images; images beyond them stand without a token.
+    The images are those of `image_list` but for the last, which is the result; their roles stand in `entity_list`, or
+    are as `assign_entities` says.
     """
     (instruction,) = _texts(row, 1)
     *conditions, target = _pictures(row, "image_list")
     if not conditions:
         raise BadRow("no condition image", "one image in the row, expected conditions and then the target")
-    mentioned = list(dict.fromkeys(re.findall("|".join(map(re.escape, ENTITIES)), instruction)))
-    roles = mentioned if len(mentioned) >= len(conditions) else ["<image 1>", "<image 2>"]
-    out: list[Segment] = []
-    for number, image in enumerate(conditions):
-        out += [Text(role) for role in roles[number : number + 1]] + image.as_condition()
-    return [*out, Text(instruction, droppable=True), *target.as_roles("noisy")]
+    try:
+        roles = row.get("entity_list") or assign_entities(instruction, len(conditions))
+    except InputError as error:
+        raise BadRow("unknown entity token", str(error)) from error
+    if len(roles) != len(conditions) or not all(role is None or role in ENTITY_TOKENS for role in roles):
+        raise BadRow("unknown entity token", f"roles {list(roles)} for {len(conditions)} images")
+    given = [Condition(image, role) for image, role in zip(conditions, roles, strict=True)]
+    return [*prologue(given, instruction), *learned_frames([Turn(None, None, target)])]
 
 
 RECIPES: dict[str, Recipe] = {
@@ -180,9 +202,19 @@ RECIPES: dict[str, Recipe] = {
     "edit": Recipe(edit),
     "vlm": Recipe(vlm, shares_area=True),
     "tutorial": Recipe(tutorial, TOGETHER, tokens=TURNS),
-    "composition": Recipe(composition, TOGETHER, tokens=ENTITIES),
+    "tutorial_frames": Recipe(partial(tutorial, learn_plan=False), TOGETHER, tokens=TURNS),
+    "image_tutorial": Recipe(partial(tutorial, condition="last"), TOGETHER, tokens=TURNS),
+    "decomposition": Recipe(
+        partial(tutorial, task="decompose", history=HistoryPolicy("none", 0), condition="first"), TOGETHER, tokens=TURNS
+    ),
+    "composition": Recipe(composition, TOGETHER, tokens=ENTITY_TOKENS),
+    "style": Recipe(composition, TOGETHER, tokens=ENTITY_TOKENS),
 }
-"""Every recipe by the name that configurations use."""
+"""Every recipe by the name that configurations use.
+
+`tutorial_frames` gives the plan instead of learning it, so that it can be dropped: mix some in, for the guidance branch
+without text has no plan.
+"""
 
 
 def _value(row: Row, name: str, kind: type) -> Any:
@@ -232,7 +264,8 @@ def _pictures(row: Row, name: str) -> list[Shown]:
     encoded = [value] if isinstance(value, bytes) else _value(row, name, list)
     if not encoded:
         raise BadRow("no image", f"column {name} is empty")
-    stored: Sequence[bytes | None] = row.get("moments") or [None] * len(encoded)
+    moments_of = "condition_moments" if name == "condition_list" else "moments"
+    stored: Sequence[bytes | None] = row.get(moments_of) or [None] * len(encoded)
     if len(stored) != len(encoded):
         raise BadRow("moments and images differ in number", f"{len(stored)} and {len(encoded)}")
     return [

@@ -148,4 +148,34 @@ def _composition(rng: np.random.Generator) -> dict[str, Any]:
     return {"image_list": images, "instruction_list": [text]}
 
 
-_DRAWN = {"t2i": _t2i, "edit": _edit, "vlm": _vlm, "tutorial": _tutorial, "composition": _composition}
+def _decomposition(rng: np.random.Generator) -> dict[str, Any]:
+    background, things = _scene(rng, int(rng.integers(2, 5)))
+    size = _size(rng)
+    images = [draw(background, shown, size) for shown in (things, *([thing] for thing in things))]
+    plan = ", ".join(f"Step{k}: {_describe(thing)}" for k, thing in enumerate(things, 1))
+    return {"image_list": images, "instruction_list": ["Show each shape alone", plan]}
+
+
+def _style(rng: np.random.Generator) -> dict[str, Any]:
+    paper, (thing,) = _scene(rng, 1)
+    other, (sample,) = _scene(rng, 1)
+    colour = thing[0] if thing[0] != other else sample[0]
+    images = [
+        draw(paper, [thing], _size(rng)),
+        draw(other, [sample], _size(rng)),
+        draw(other, [(colour, *thing[1:])], _size(rng)),
+    ]
+    return {"image_list": images, "instruction_list": ["Put the shape of <original_image> on the paper of <style>."]}
+
+
+_DRAWN = {
+    "t2i": _t2i,
+    "edit": _edit,
+    "vlm": _vlm,
+    "tutorial": _tutorial,
+    "composition": _composition,
+    "tutorial_frames": _tutorial,
+    "image_tutorial": _tutorial,
+    "decomposition": _decomposition,
+    "style": _style,
+}

@@ -57,11 +57,16 @@ class LatentEncoder:
         Raises:
           BadRow: a picture cannot be decoded.
         """
-        pictures: Any = next((row[name] for name in COLUMNS if row.get(name) is not None), [])
+        column = next((name for name in COLUMNS if row.get(name) is not None), None)
+        given = {"condition_moments": "condition_list"} | ({} if column is None else {"moments": column})
+        stored = {key: self._moments(row[name], name) for key, name in given.items() if row.get(name)}
+        return {**row, **stored}
+
+    def _moments(self, pictures: Any, column: str) -> list[bytes]:
         moments = []
         for number, encoded in enumerate([pictures] if isinstance(pictures, bytes) else pictures):
             try:
-                moments.append(write_moments(self(open_image(encoded, f"image {number}"))))
+                moments.append(write_moments(self(open_image(encoded, f"{column} {number}"))))
             except ImageError as error:
                 raise BadRow("undecodable image", str(error)) from error
-        return {**row, "moments": moments} if moments else dict(row)
+        return moments
