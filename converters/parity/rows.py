@@ -66,7 +66,7 @@ def check_pack_rows(records: Records, port: Port) -> Checked:
         document = port.packable(encoded)
         arrays = original_arrays([document], port)
         arrays |= {
-            "num_tokens": np.int32(sum(_num_tokens(s) for s in encoded)),
+            "num_tokens": np.int32(sum(num_tokens(s) for s in encoded)),
             "image_sizes": np.asarray([s.pixels.shape[:2] for s in _with_pixels(encoded)], np.int32).reshape(-1, 2),
         }
         if document.images("clean", "noisy"):
@@ -87,7 +87,7 @@ def check_pack_rows_json(records: Records, port: Port) -> Checked:
     for name, segments in recorded_documents(records):
         out.computed[name] = {
             "note": recorded[name]["note"],
-            "sequence_plan": [_plan_item(segment) for segment in segments],
+            "sequence_plan": [plan_item(segment) for segment in segments],
             "texts": [segment.text for segment in segments if isinstance(segment, Text)],
         }
     return out
@@ -103,11 +103,11 @@ def _with_pixels(encoded: Sequence[EncodedSegment]) -> list[Any]:
     return [s for s in encoded if isinstance(s, ImageTokens)]
 
 
-def _num_tokens(segment: EncodedSegment) -> int:
+def num_tokens(segment: EncodedSegment) -> int:
     return len(segment.ids) if isinstance(segment, TextTokens) else segment.grid[0] * segment.grid[1]
 
 
-def _plan_item(segment: Segment) -> dict[str, Any]:
+def plan_item(segment: Segment) -> dict[str, Any]:
     """Returns a segment as the original's plans spell it."""
     if isinstance(segment, Text):
         kind, loss = "text", segment.loss
@@ -153,7 +153,7 @@ def original_packing_loop(
         batch = []
         for name, group in groups.items():
             if group["mandatory"]:
-                limit = params["max_num_tokens_per_sample"]
+                limit = params["maxnum_tokens_per_sample"]
                 batch.append(next(s for s in fresh[name] if length(s) < limit))
         while True:
             total = sum(map(length, batch))
@@ -163,11 +163,11 @@ def original_packing_loop(
             else:
                 sample = next(fresh[list(groups)[int(np.searchsorted(shares, draws[used], side="right"))]])
                 used += 1
-            if length(sample) > params["max_num_tokens_per_sample"]:
+            if length(sample) > params["maxnum_tokens_per_sample"]:
                 continue
-            if total + length(sample) <= params["max_num_tokens"]:
+            if total + length(sample) <= params["maxnum_tokens"]:
                 batch.append(sample)
-                if total + length(sample) >= params["expected_num_tokens"]:
+                if total + length(sample) >= params["expectednum_tokens"]:
                     break
             elif not buffered and len(buffer) < params["max_buffer_size"]:
                 buffer.append(sample)
