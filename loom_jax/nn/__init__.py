@@ -1,6 +1,13 @@
 """Layers and kernels without a model: attention, rope, position tables, the flow, stacking, random keys."""
 
-from loom_jax.nn.attention import ATTENTION_BACKENDS, Attend, auto_attention, blockwise_attention, dense_attention
+from loom_jax.nn.attention import (
+    ATTENTION_OUTPUT,
+    Attend,
+    auto_attention,
+    blockwise_attention,
+    dense_attention,
+)
+from loom_jax.nn.backends import ATTENTION_BACKENDS, choose_attention
 from loom_jax.nn.embeddings import PositionTable, TimestepEmbedder, sincos_2d_table, timestep_sinusoid
 from loom_jax.nn.flow import (
     denoising_schedule,
@@ -13,9 +20,11 @@ from loom_jax.nn.keys import Purpose, make_key
 from loom_jax.nn.projection import Projection
 from loom_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
 from loom_jax.nn.stack import REMAT_POLICIES, scan_layers, stack_layers
+from loom_jax.nn.tpu_attention import tpu_attention
 
 __all__ = [
     "ATTENTION_BACKENDS",
+    "ATTENTION_OUTPUT",
     "REMAT_POLICIES",
     "Attend",
     "PositionTable",
@@ -25,6 +34,7 @@ __all__ = [
     "apply_rope",
     "auto_attention",
     "blockwise_attention",
+    "choose_attention",
     "denoising_schedule",
     "dense_attention",
     "interpolate",
@@ -36,6 +46,7 @@ __all__ = [
     "sincos_2d_table",
     "stack_layers",
     "timestep_sinusoid",
+    "tpu_attention",
     "training_timesteps",
     "velocity_target",
 ]

@@ -171,6 +171,9 @@ def _blockwise_backward(sizes: tuple[int, int], saved: tuple[Any, ...], grad: ja
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
+ATTENTION_OUTPUT = "attention_output"
+"""Name by which a remat policy may keep what attention computed."""
+
 _DENSE_LIMIT = 2048 * 2048
 """Most (query, key) pairs of a row that are still computed at once: 16 MiB of float32 logits a head."""
 
@@ -179,11 +182,3 @@ def auto_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayo
     """Dense for few pairs of tokens (short packs, or one new token over a long context), blockwise beyond."""
     attend = dense_attention if q.shape[1] * k.shape[1] <= _DENSE_LIMIT else blockwise_attention
     return attend(q, k, v, q_layout, k_layout)
-
-
-ATTENTION_BACKENDS: dict[str, Attend] = {
-    "auto": auto_attention,
-    "dense": dense_attention,
-    "blockwise": blockwise_attention,
-}
-"""Backends by the name that configurations use."""

@@ -17,6 +17,7 @@ from loom_jax.parallel.activations import (
     global_batch,
     make_constrain,
     row_range,
+    shard_attend,
 )
 from loom_jax.parallel.mesh import DATA_AXES, PRESETS, Preset, make_mesh
 from loom_jax.parallel.multihost import PreemptionNotice, start_distributed
@@ -40,6 +41,7 @@ __all__ = [
     "make_constrain",
     "make_mesh",
     "row_range",
+    "shard_attend",
     "shardings_for",
     "start_distributed",
     "state_shardings",

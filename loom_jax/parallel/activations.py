@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loom_jax.core import ConfigError
+from loom_jax.document import TokenLayout
 from loom_jax.parallel.mesh import DATA_AXES
 
 ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
@@ -65,6 +66,31 @@ def make_constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], 
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, activation_spec(x.shape, names, mesh)))
 
     return constrain
+
+
+def shard_attend(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+    """Returns an attention that runs on each device's own rows and heads, with keys of the whole length.
+
+    The compiler cannot cut a kernel by itself, and a decision taken in a loop, such as to skip a block that no query of
+    any row needs, would have to be agreed on by all devices.
+
+    Args:
+      attend: `attend(q, k, v, q_layout, k_layout)`, as in loom_jax.nn; q [B, Q, H, A], k and v [B, N, K, A].
+    """
+    if mesh.size == 1:
+        return attend
+
+    def sharded(q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout) -> jax.Array:
+        kv = activation_spec(k.shape, ("batch", None, "kv_heads", None), mesh)
+        heads = "heads" if kv[2] else None  # a query head lies with its key head
+        queries = activation_spec(q.shape, ("batch", "length", heads, None), mesh)
+        layouts = tuple(TokenLayout(*(P(*spec[:2]),) * len(TokenLayout._fields)) for spec in (queries, kv))
+        # What a kernel writes is not declared to vary over the mesh, so that is not checked.
+        return jax.shard_map(
+            attend, mesh=mesh, in_specs=(queries, kv, kv, *layouts), out_specs=queries, check_vma=False
+        )(q, k, v, q_layout, k_layout)
+
+    return sharded
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -86,7 +86,9 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     types = (AxisType.Auto,) * len(sizes)
     if slice_count(devices) > 1:
         return Mesh(arrange_slices(sizes, devices), tuple(sizes), axis_types=types)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    # jax.make_mesh cannot cut an axis of a torus in two, such as 4 x 4 x 4 chips into 2 x 32.
+    arranged = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, tuple(sizes), axis_types=types)
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:

@@ -17,8 +17,16 @@ from loom_jax.core import ConfigError, LoomConfig, to_mapping
 from loom_jax.data import RECIPES, DataConfig, Pipeline, Tables, make_pipeline
 from loom_jax.document import LOOM_TOKENS, Encoder, Tokenizer, make_encoder
 from loom_jax.models import Autoencoder, LoomModel, add_lora
-from loom_jax.nn import ATTENTION_BACKENDS, Purpose, make_key
-from loom_jax.parallel import batch_sharding, make_constrain, make_mesh, row_range, shardings_for, state_shardings
+from loom_jax.nn import Purpose, choose_attention, make_key
+from loom_jax.parallel import (
+    batch_sharding,
+    make_constrain,
+    make_mesh,
+    row_range,
+    shard_attend,
+    shardings_for,
+    state_shardings,
+)
 from loom_jax.train.config import TrainConfig
 from loom_jax.train.optimizer import make_optimizer
 from loom_jax.train.state import TrainState, init_state, parameter_names, split_model
@@ -102,28 +110,53 @@ def build_job(config: TrainConfig) -> Job:
     source = None if config.init_from is None else read_folder(config.init_from)
     if source is not None:
         _check_same(source.config, config.model, config.init_from)
-    if config.attention not in ATTENTION_BACKENDS:
-        raise ConfigError(f"attention={config.attention!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
+    draft = draft_step(config, mesh)
+    vae_params = _autoencoder(config, source, draft.vae, mesh)
+    encoder = make_encoder(config.model, _tokenizer(config, source))
+    return Job(config, mesh, draft.parts, draft.step, draft.state, draft.shardings, vae_params, encoder, source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A training step that can be compiled, on devices that need not be there: nothing is allocated.
+
+    Attributes:
+      parts, step, shardings: as in Job.
+      state, vae: shapes, `vae` with places.
+    """
+
+    parts: StepParts
+    step: Any
+    state: TrainState
+    shardings: TrainState
+    vae: Any
+
+
+def draft_step(config: TrainConfig, mesh: Mesh) -> Draft:
+    """Returns the jitted step of a job and the shapes and places of what it takes.
+
+    Raises:
+      ConfigError: the configuration contradicts itself, or does not fit the mesh.
+    """
+    attend = shard_attend(choose_attention(config.attention, mesh.devices.flat[0].platform), mesh)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    vae_graphdef, vae_params = _autoencoder(config, source, mesh)
+    vae_graphdef, vae = nnx.split(nnx.eval_shape(lambda: _new_autoencoder(config)), nnx.Param)
+    vae_shardings = shardings_for(vae, mesh, config.mesh.preset)
     model = nnx.eval_shape(_builder(config))
     graphdef, trainable, frozen = split_model(model, config)
     if not jax.tree.leaves(trainable):
         raise ConfigError(f"nothing is trained: frozen={config.frozen} covers every parameter")
     abstract = jax.eval_shape(lambda t, f: init_state(t, f, optimizer, config.ema), trainable, frozen)
     shardings = state_shardings(abstract, (trainable, frozen), mesh, config.mesh.preset)
-    parts = StepParts(
-        graphdef, vae_graphdef, optimizer, config, ATTENTION_BACKENDS[config.attention], make_constrain(mesh)
-    )
-    whole = NamedSharding(mesh, P())
+    parts = StepParts(graphdef, vae_graphdef, optimizer, config, attend, make_constrain(mesh))
     step = jax.jit(
         make_train_step(parts),
-        in_shardings=(shardings, jax.tree.map(lambda a: a.sharding, vae_params), batch_sharding(mesh)),
-        out_shardings=(shardings, whole),
+        in_shardings=(shardings, vae_shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
-    encoder = make_encoder(config.model, _tokenizer(config, source))
-    return Job(config, mesh, parts, step, abstract, shardings, vae_params, encoder, source)
+    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), vae, vae_shardings)
+    return Draft(parts, step, abstract, shardings, placed)
 
 
 def _builder(config: TrainConfig) -> Any:
@@ -155,18 +188,16 @@ def compute_dtype(config: TrainConfig) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def _autoencoder(config: TrainConfig, source: ModelFolder | None, mesh: Mesh) -> tuple[Any, Any]:
-    """Returns structure and parameters of the frozen autoencoder, on the mesh."""
+def _new_autoencoder(config: TrainConfig) -> Autoencoder:
+    return Autoencoder(config.model.vae, rngs=nnx.Rngs(params=make_key(config.seed, Purpose.INIT, 1)))
 
-    def build() -> Autoencoder:
-        return Autoencoder(config.model.vae, rngs=nnx.Rngs(params=make_key(config.seed, Purpose.INIT, 1)))
 
-    graphdef, abstract = nnx.split(nnx.eval_shape(build), nnx.Param)
-    preset = config.mesh.preset
+def _autoencoder(config: TrainConfig, source: ModelFolder | None, abstract: Any, mesh: Mesh) -> Any:
+    """Returns the parameters of the frozen autoencoder, on the mesh."""
     if source is not None:
-        return graphdef, restore_component(source, "vae", abstract, mesh=mesh, preset=preset, dtype=jnp.float32)
-    shardings = shardings_for(abstract, mesh, preset)
-    return graphdef, jax.jit(lambda: nnx.split(build(), nnx.Param)[1], out_shardings=shardings)()
+        return restore_component(source, "vae", abstract, mesh=mesh, preset=config.mesh.preset, dtype=jnp.float32)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    return jax.jit(lambda: nnx.split(_new_autoencoder(config), nnx.Param)[1], out_shardings=shardings)()
 
 
 def _tokenizer(config: TrainConfig, source: ModelFolder | None) -> Tokenizer:
