@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": Command("generate pictures or text with a checkpoint", "loom_jax.commands.generate:main"),
     "data": Command("build data sets, look at their rows, store latents with them", "loom_jax.commands.data:main"),
     "train": Command("train a model by a recipe, and go on where it stopped", "loom_jax.commands.train:main"),
+    "evaluate": Command("score a model on held-out requests, with a report", "loom_jax.commands.evaluate:main"),
     "convert": Command("turn a PyTorch release folder into an Orbax folder, or back", "loom_jax.converters.bagel:main"),
 }
 

@@ -1,0 +1,40 @@
+"""Evaluation: metrics of the tutorial world with exact truth, suites of held-out requests, judges, reports."""
+
+from loom_jax.evaluate.intervals import Interval, estimate, paired_difference, wilson
+from loom_jax.evaluate.judge import ChatJudge, Judge, Sequenced, Verdict, WorldJudge, read_sequences, read_verdict
+from loom_jax.evaluate.metrics import METRICS, Measurement, Outcome, Score, f1, measure, shows, summarise, values_of
+from loom_jax.evaluate.report import MEASUREMENTS, PAGE, SCORES, sample_sheet, write_report
+from loom_jax.evaluate.suite import Make, WorldSuite, collect, condition_pictures, run_suite
+
+__all__ = [
+    "MEASUREMENTS",
+    "METRICS",
+    "PAGE",
+    "SCORES",
+    "ChatJudge",
+    "Interval",
+    "Judge",
+    "Make",
+    "Measurement",
+    "Outcome",
+    "Score",
+    "Sequenced",
+    "Verdict",
+    "WorldJudge",
+    "WorldSuite",
+    "collect",
+    "condition_pictures",
+    "estimate",
+    "f1",
+    "measure",
+    "paired_difference",
+    "read_sequences",
+    "read_verdict",
+    "run_suite",
+    "sample_sheet",
+    "shows",
+    "summarise",
+    "values_of",
+    "wilson",
+    "write_report",
+]
