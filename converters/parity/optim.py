@@ -49,6 +49,7 @@ def check_optim(records: Records, port: Port) -> Checked:
     optimizer = make_optimizer(SETTINGS, total_steps=500_000)
     state = optimizer.init(start)
     pack = build_pack(records, port)
+    key = jax.random.key(0)  # for rounding, of which float32 has no need
     comparable: dict[str, np.ndarray] = {}
     for step in (1, 2, 3):
         loss, gradients = loss_and_gradients(port, pack, params)
@@ -62,8 +63,8 @@ def check_optim(records: Records, port: Port) -> Checked:
             clipped = gradient * min(1.0, SETTINGS.clip_norm / (float(norm) + 1e-6))
             comparable[key] = comparable.get(key, True) & (np.abs(clipped) > ABOVE_ROUNDING)
         updates, state = optimizer.update(gradients, state, params)
-        params = apply_updates(params, updates, jax.random.key(0))
-        averages = {name: update_ema(average, params, DECAYS[name]) for name, average in averages.items()}
+        params = apply_updates(params, updates, key)
+        averages = {name: update_ema(average, params, DECAYS[name], key) for name, average in averages.items()}
         out.computed |= _named(f"p{step}", by_release_key(port, params), r)
     for name, average in averages.items():
         out.computed |= _named(name, by_release_key(port, average), r)

@@ -20,6 +20,7 @@ class SamplePictures:
 
     def __init__(self, job: Job, workdir: Path):
         self._job, self._folder = job, workdir / "samples"
+        self._engine: Engine | None = None
 
     def due(self, step: int) -> bool:
         """Whether pictures are drawn after `step`."""
@@ -31,10 +32,12 @@ class SamplePictures:
         job, parts = self._job, self._job.parts
         weights = state.trainable if state.ema is None else state.ema
         model = nnx.merge(parts.graphdef, weights, state.frozen)
-        vae = nnx.merge(parts.vae_graphdef, job.vae_params)
-        tokenizer = job.encoder.tokenizer
-        engine = Engine(model, vae, tokenizer.special, len(tokenizer), Backend(parts.attend, parts.constrain))
-        generator = Generator(job.config.model, engine, job.encoder)
+        if self._engine is None:
+            vae = nnx.merge(parts.vae_graphdef, job.vae_params)
+            tokenizer, backend = job.encoder.tokenizer, Backend(parts.attend, parts.constrain)
+            self._engine = Engine(model, vae, tokenizer.special, len(tokenizer), backend)
+        self._engine.use_weights(model)
+        generator = Generator(job.config.model, self._engine, job.encoder)
         requests = [Request((prompt,), seed=i) for i, prompt in enumerate(job.config.watch.sample_prompts)]
         results = generator.generate(requests)
         if jax.process_index() == 0:

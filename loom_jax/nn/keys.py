@@ -18,7 +18,7 @@ class Purpose(enum.IntEnum):
     FLOW_NOISE = 5
     ROUNDING = 6
     ADAPTERS = 7
-    HELD_OUT = 8
+    AVERAGE_ROUNDING = 8
 
 
 def make_key(seed: int | jax.Array, purpose: Purpose, step: int | jax.Array = 0) -> jax.Array:

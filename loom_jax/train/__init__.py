@@ -12,7 +12,7 @@ from loom_jax.train.config import (
 )
 from loom_jax.train.flops import flop_coefficients, peak_tflops, training_flops
 from loom_jax.train.held_out import HeldOut
-from loom_jax.train.job import Job, build_job
+from loom_jax.train.job import Draft, Job, build_job, draft_step
 from loom_jax.train.latents import clean_latents, encode_canvas, sample_moments
 from loom_jax.train.log import TrainLog
 from loom_jax.train.loop import Hook, Hooks, train
@@ -41,6 +41,7 @@ from loom_jax.train.step import Draws, Metrics, StepParts, batch_losses, draw, g
 
 __all__ = [
     "ALWAYS_FROZEN",
+    "Draft",
     "Draws",
     "EmaConfig",
     "HeldOut",
@@ -66,6 +67,7 @@ __all__ = [
     "clean_latents",
     "cross_entropy",
     "decay_mask",
+    "draft_step",
     "draw",
     "encode_canvas",
     "flop_coefficients",

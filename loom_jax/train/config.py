@@ -36,13 +36,25 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     moment_dtype: Dtype = "float32"
 
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"optimizer.learning_rate={self.learning_rate}: must be positive")
+        if self.clip_norm < 0 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"optimizer.clip_norm={self.clip_norm}, optimizer.warmup_steps={self.warmup_steps}: must be at least 0"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """The moving average of the trained parameters; a decay of 0 turns it off."""
+    """The moving average of the trained parameters; a decay of 0 turns it off. In bfloat16 it rounds stochastically."""
 
     decay: float = 0.9999
     dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ConfigError(f"ema.decay={self.decay}: must be at least 0 (off) and less than 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +78,10 @@ class LossConfig:
     reweight: bool = False
     vocab_chunk: int = 16384
     """Most columns of logits that exist at once."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_chunk < 1:
+            raise ConfigError(f"loss.vocab_chunk={self.vocab_chunk}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +117,7 @@ class WatchConfig:
       sample_every: steps between sample pictures; 0 for never.
       sample_prompts: what the pictures are to show.
       profile_start, profile_steps: window of steps that is profiled; 0 steps for none.
+      drift_every: steps between comparisons of the copies of the state on all devices; 0 for never.
       max_bad_steps: consecutive steps with a loss or gradient that is not finite before the run stops.
     """
 
@@ -111,7 +128,15 @@ class WatchConfig:
     sample_prompts: tuple[str, ...] = ()
     profile_start: int = 10
     profile_steps: int = 0
+    drift_every: int = 500
     max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "held_out_batches", "max_bad_steps", "profile_start"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"watch.{name}={getattr(self, name)}: must be at least 1")
+        if self.sample_every and not self.sample_prompts:
+            raise ConfigError(f"watch.sample_every={self.sample_every}, but watch.sample_prompts is empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +178,8 @@ class TrainConfig:
     watch: WatchConfig = WatchConfig()
 
     def __post_init__(self) -> None:
-        if self.microbatches < 1:
-            raise ConfigError(f"microbatches={self.microbatches}: must be at least 1")
+        if self.microbatches < 1 or self.total_steps < 1:
+            raise ConfigError(f"microbatches={self.microbatches}, total_steps={self.total_steps}: must be at least 1")
         if len(self.mesh.axes) != len(self.mesh.sizes):
             raise ConfigError(f"mesh.axes={self.mesh.axes} and mesh.sizes={self.mesh.sizes}: must be equally many")
         if self.watch.held_out_every and self.held_out is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from loom_jax.document import LOOM_TOKENS, Encoder, Tokenizer, make_encoder
 from loom_jax.models import Autoencoder, LoomModel, add_lora
 from loom_jax.nn import Purpose, choose_attention, make_key
 from loom_jax.parallel import (
+    DATA_AXES,
     batch_sharding,
     make_constrain,
     make_mesh,
@@ -28,8 +30,8 @@ from loom_jax.parallel import (
     state_shardings,
 )
 from loom_jax.train.config import TrainConfig
-from loom_jax.train.optimizer import make_optimizer
-from loom_jax.train.state import TrainState, init_state, parameter_names, split_model
+from loom_jax.train.optimizer import learning_rate, make_optimizer
+from loom_jax.train.state import TrainState, check_frozen, init_state, parameter_names, split_model
 from loom_jax.train.step import StepParts, make_train_step
 
 
@@ -59,6 +61,19 @@ class Job:
     def names(self) -> list[str]:
         """Paths of the trained parameters."""
         return parameter_names(self.abstract_state.trainable)
+
+    def summary(self) -> str:
+        """Says in one line how large the job is and where it lies."""
+        trained, frozen = (
+            sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+            for tree in (self.abstract_state.trainable, self.abstract_state.frozen)
+        )
+        axes = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        return (
+            f"{trained / 1e6:,.1f} M of {(trained + frozen) / 1e6:,.1f} M parameters trained, on "
+            f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} ({axes}), "
+            f"{self.config.param_dtype} computed in {compute_dtype(self.config)}"
+        )
 
     def new_state(self) -> TrainState:
         """Returns the state before the first step, on the mesh: weights of the source folder, or from the seed."""
@@ -110,6 +125,7 @@ def build_job(config: TrainConfig) -> Job:
     source = None if config.init_from is None else read_folder(config.init_from)
     if source is not None:
         _check_same(source.config, config.model, config.init_from)
+    _check_rows(config, mesh)
     draft = draft_step(config, mesh)
     vae_params = _autoencoder(config, source, draft.vae, mesh)
     encoder = make_encoder(config.model, _tokenizer(config, source))
@@ -144,11 +160,13 @@ def draft_step(config: TrainConfig, mesh: Mesh) -> Draft:
     vae_shardings = shardings_for(vae, mesh, config.mesh.preset)
     model = nnx.eval_shape(_builder(config))
     graphdef, trainable, frozen = split_model(model, config)
+    check_frozen(config, nnx.state(model, nnx.Param))
     if not jax.tree.leaves(trainable):
         raise ConfigError(f"nothing is trained: frozen={config.frozen} covers every parameter")
     abstract = jax.eval_shape(lambda t, f: init_state(t, f, optimizer, config.ema), trainable, frozen)
     shardings = state_shardings(abstract, (trainable, frozen), mesh, config.mesh.preset)
-    parts = StepParts(graphdef, vae_graphdef, optimizer, config, attend, make_constrain(mesh))
+    rate = learning_rate(config.optimizer, config.total_steps)
+    parts = StepParts(graphdef, vae_graphdef, optimizer, rate, config, attend, make_constrain(mesh))
     step = jax.jit(
         make_train_step(parts),
         in_shardings=(shardings, vae_shardings, batch_sharding(mesh)),
@@ -157,6 +175,23 @@ def draft_step(config: TrainConfig, mesh: Mesh) -> Draft:
     )
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), vae, vae_shardings)
     return Draft(parts, step, abstract, shardings, placed)
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where batches cannot be cut for this mesh, or processes have no part in it."""
+    if len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
+        raise ConfigError(
+            f"mesh.preset={config.mesh.preset!r} leaves some of {jax.process_count()} processes without a device of "
+            "the mesh: take a preset that uses all of them, such as fsdp"
+        )
+    groups = math.prod(mesh.shape.get(axis, 1) for axis in DATA_AXES)
+    parts = {"data": config.microbatches, "held_out": 1}
+    for name, data in (("data", config.data), ("held_out", config.held_out)):
+        if data is not None and data.rows % (groups * parts[name]):
+            raise ConfigError(
+                f"{name}.rows={data.rows} on a mesh of {dict(mesh.shape)} with microbatches={parts[name]}: make it a "
+                f"multiple of {groups * parts[name]} (devices that share a batch, times micro-batches)"
+            )
 
 
 def _builder(config: TrainConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,23 @@ from loom_jax.train.config import TrainConfig
 from loom_jax.train.flops import peak_tflops, training_flops
 from loom_jax.train.step import Metrics
 
-SHOWN = ("step", "loss", "ce", "mse", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds", "mfu")
-"""Columns of the console table."""
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "step": ("step", "7d"),
+    "loss": ("loss", "8.4f"),
+    "ce": ("ce", "8.4f"),
+    "mse": ("mse", "8.4f"),
+    "grad_norm": ("grad", "8.3g"),
+    "learning_rate": ("rate", "8.2e"),
+    "step_seconds": ("s/step", "7.3g"),
+    "tokens_per_second": ("tok/s", "8,.0f"),
+    "data/fill/und": ("und", "4.0%"),
+    "data/fill/gen": ("gen", "4.0%"),
+    "data_wait_share": ("wait", "4.0%"),
+    "mfu": ("MFU", "6.1%"),
+    "device_peak_gib": ("GiB", "6.1f"),
+}
+"""Columns of the console table: key of a line -> heading and format. `und`, `gen`: fill of the streams; `wait`: share
+of the time spent waiting for data."""
 
 
 class TrainLog:
@@ -28,11 +44,11 @@ class TrainLog:
       folder: where metrics.jsonl and TensorBoard's files go; None in processes that do not write.
       config: of the run.
       names: parameter names, in the order of `Metrics.finite`.
-      learning_rate: step -> rate.
+      first: step that the run goes on after; lines of later ones, which a killed run left behind, are dropped.
     """
 
-    def __init__(self, folder: Path | None, config: TrainConfig, names: Sequence[str], learning_rate: Any):
-        self._config, self._names, self._rate = config, [*names, "the loss"], learning_rate
+    def __init__(self, folder: Path | None, config: TrainConfig, names: Sequence[str], first: int = 0):
+        self._config, self._names = config, [*names, "the loss"]
         self._pending: tuple[int, Metrics, Mapping[str, float]] | None = None
         self._window: list[tuple[float, float, float]] = []
         self._started = time.perf_counter()
@@ -42,7 +58,9 @@ class TrainLog:
         self._file = self._board = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            path = folder / "metrics.jsonl"
+            _drop_later(path, first)
+            self._file = path.open("a", encoding="utf-8")
             self._board = _event_writer(folder)
 
     def __enter__(self) -> Self:
@@ -78,11 +96,17 @@ class TrainLog:
             pending, self._pending = self._pending, None
             self._read(*pending)
 
+    def say(self, text: str) -> None:
+        """Prints a line on the console."""
+        if self._file is not None:
+            _console().print(text, highlight=False, markup=False, soft_wrap=True)
+
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Writes one line of values."""
+        """Writes one line of values; null stands for those that are not finite, which JSON does not know."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float) and self._board is not None:
@@ -101,6 +125,7 @@ class TrainLog:
     def _skipped(self, step: int, values: Metrics) -> None:
         names = [name for name, finite in zip(self._names, values.finite, strict=True) if not finite]
         self.write(step, {"event": "skipped", "not_finite": names[0], "not_finite_count": len(names)})
+        self.say(f"step {step} is skipped: {len(names)} tensors are not finite, first {names[0]}")
         if int(values.bad_steps) >= self._config.watch.max_bad_steps:
             raise LoomError(
                 f"step {step} is the {int(values.bad_steps)}th in a row that is not finite, first in {names[0]}: "
@@ -118,7 +143,7 @@ class TrainLog:
             "ce_count": float(values.ce_count),
             "mse_count": float(values.mse_count),
             "grad_norm": float(values.grad_norm),
-            "learning_rate": float(self._rate(step - 1)),
+            "learning_rate": float(values.learning_rate),
             "step_seconds": elapsed / steps,
             "tokens_per_second": (und + gen) / elapsed,
             "und_tokens_per_second": und / elapsed,
@@ -135,19 +160,29 @@ class TrainLog:
         return line
 
     def _show(self, line: Mapping[str, float]) -> None:
-        if self._file is None:
-            return
-        shown = [name for name in SHOWN if name in line]
+        cells = [(title, format(line[key], form)) for key, (title, form) in COLUMNS.items() if key in line]
         if self._lines % 20 == 0:
-            _console().print(" ".join(f"{name:>17}" for name in shown), style="bold", highlight=False)
+            self.say(" ".join(f"{title:>{len(cell)}}" for title, cell in cells))
         self._lines += 1
-        _console().print(" ".join(f"{line[name]:>17.6g}" for name in shown), highlight=False)
+        self.say(" ".join(cell for _, cell in cells))
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Removes lines of steps after `step`, and one that was cut off, from a log."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
 
 
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=200)
+    return Console()
 
 
 def _memory() -> dict[str, float]:

@@ -19,9 +19,9 @@ from loom_jax.train.config import TrainConfig
 from loom_jax.train.held_out import HeldOut
 from loom_jax.train.job import Job, build_job
 from loom_jax.train.log import TrainLog
-from loom_jax.train.optimizer import learning_rate
 from loom_jax.train.profile import ProfileWindow
 from loom_jax.train.state import TrainState
+from loom_jax.train.watch import Watch
 
 
 class Hook(Protocol):
@@ -49,6 +49,7 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
       CheckpointError: `workdir` belongs to another run.
       LoomError: the run had to stop: too many bad rows, steps that are not finite, a disk that is full.
     """
+    watch = Watch(workdir, config)
     job = build_job(config)
     _start_folder(job, workdir)
     checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
@@ -59,30 +60,37 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
     else:
         state, first = restored.state, restored.step
         data.set_state(restored.own_data())
-    rate = learning_rate(config.optimizer, config.total_steps)
     folder = workdir if jax.process_index() == 0 else None
     held_out, others = HeldOut(job), hooks(job, workdir) if hooks else ()
-    profile = ProfileWindow(workdir, config.watch.profile_start, config.watch.profile_steps)
+    window = ProfileWindow(workdir, config.watch.profile_start, config.watch.profile_steps)
+    log = TrainLog(folder, config, job.names, first)
+    log.say(f"{job.summary()}; {'starts anew' if first == 0 else f'goes on after step {first}'}")
 
-    with TrainLog(folder, config, job.names, rate) as log, checkpoints, PreemptionNotice() as notice:
+    with log, watch.begin(first, job.mesh, log), checkpoints, window as profile, PreemptionNotice() as notice:
         for step in range(first + 1, config.total_steps + 1):
             began = time.perf_counter()
-            batch = next(data)
+            with watch.part("data"):
+                batch = next(data)
             log.waited_for_data(time.perf_counter() - began)
             with profile.step(step):
                 state, metrics = job.step(state, job.vae_params, global_batch(batch, job.mesh))
+            profile.end(step, metrics)
             log.put(step, metrics, data.stats)
-            if held_out.due(step):
-                log.write(step, held_out.measure(state))
-            for hook in others:
-                if hook.due(step):
-                    hook.run(step, state)
+            watch.stepped(step, state)
+            with watch.part("measure"):
+                if held_out.due(step):
+                    log.write(step, held_out.measure(state))
+                for hook in others:
+                    if hook.due(step):
+                        hook.run(step, state)
             stop = step == config.total_steps or notice.agreed()
             if stop or checkpoints.due(step):
                 log.flush()
-                checkpoints.save(step, state, data.get_state(), {"preempted": step < config.total_steps and stop})
+                with watch.part("save"):
+                    checkpoints.save(step, state, data.get_state(), {"preempted": step < config.total_steps and stop})
             checkpoints.check()
             if stop:
+                log.say(f"stopped after step {step} of {config.total_steps}, with a checkpoint")
                 break
     data.close()
     return state

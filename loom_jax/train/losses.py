@@ -35,8 +35,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def vocabulary_chunks(vocab: int, chunk: int) -> int:
-    """Returns the least number of equal parts of a vocabulary that have at most `chunk` columns each."""
-    return next(n for n in range(1, vocab + 1) if vocab % n == 0 and vocab // n <= max(1, chunk))
+    """Returns a number of parts of a vocabulary that have at most `chunk` columns each.
+
+    It divides the vocabulary where a number of up to twice the least one does; else the last columns are filler.
+    """
+    least = -(-vocab // chunk)
+    return next((n for n in range(least, 2 * least + 1) if vocab % n == 0), least)
 
 
 def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
@@ -48,13 +52,17 @@ def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Arra
     vocab = kernel.shape[1]
     parts = vocabulary_chunks(vocab, chunk)
     if parts == 1:
-        return cross_entropy((hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32), labels)
-    columns = kernel.astype(hidden.dtype).reshape(kernel.shape[0], vocab // parts, parts).transpose(2, 0, 1)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return cross_entropy(logits, labels)
+    width = -(-vocab // parts)
+    filled = jnp.pad(kernel.astype(hidden.dtype), ((0, 0), (0, width * parts - vocab)))
+    columns = filled.reshape(kernel.shape[0], width, parts).transpose(2, 0, 1)
 
     def step(carry: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         peak, total, picked = carry
         number, weights = part
-        logits = (hidden @ weights).astype(jnp.float32)
+        logits = jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
+        logits = jnp.where(jnp.arange(width) * parts + number < vocab, logits, -jnp.inf)
         new_peak = jnp.maximum(peak, jax.lax.stop_gradient(logits.max(axis=-1)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None]).sum(axis=-1)
         own = (labels != NO_TOKEN) & (labels % parts == number)

@@ -34,7 +34,8 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Returns clipping by global norm, then the optimizer; its updates are added to the parameters."""
     rate = learning_rate(config, total_steps)
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    parts = [keep_state_in(clip, jnp.dtype(jnp.float32))]
     if config.name == "adafactor":
         mask = decay_mask if config.weight_decay else None
         decay = config.weight_decay or None
@@ -57,9 +58,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def keep_state_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Keeps the float state of `inner` in `dtype` between steps; it computes in float32."""
-    if dtype == jnp.float32:
-        return inner
+    """Keeps the float state of `inner` in `dtype` between steps, and computes in float32 whatever gradients come in."""
 
     def cast(tree: Any, to: Any) -> Any:
         return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
@@ -68,7 +67,7 @@ def keep_state_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> opta
         return cast(inner.init(params), dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        updates, state = inner.update(cast(updates, jnp.float32), cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loom_jax.checkpoint import RunCheckpoints, saved_steps
+from loom_jax.checkpoint import RunCheckpoints, read_run, saved_steps
 from loom_jax.core import InputError
 from loom_jax.data import TrainBatch
 from loom_jax.parallel import global_batch
@@ -26,11 +26,13 @@ def replay(config: TrainConfig, workdir: Path, step: int) -> Path:
     """Rebuilds the batch of a step and measures the model on it; returns the folder of what it found.
 
     The data goes on from the last checkpoint before the step (or from the start), and the weights are those of that
-    checkpoint; the draws are those of the step. Writes batch.npz (every array by its path) and norms.json.
+    checkpoint; the draws are those of the step. Writes batch.npz (every array by its path; of a job of several
+    processes batch_<process>.npz, the rows of each) and norms.json.
 
     Raises:
-      InputError: the step is not one of the run.
+      InputError: the step is not one of the run, or `workdir` is no run of this configuration.
     """
+    read_run(workdir)
     if not 1 <= step <= config.total_steps:
         raise InputError(f"--replay-step {step}: the run has steps 1 to {config.total_steps}")
     job = build_job(config)
@@ -49,10 +51,12 @@ def replay(config: TrainConfig, workdir: Path, step: int) -> Path:
     folder = workdir / f"replay_{step}"
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = _named(batch)
-    np.savez_compressed(folder / "batch.npz", **arrays)
+    part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+    np.savez_compressed(folder / f"batch{part}.npz", **arrays)
     norms = _norms(job, state._replace(step=jnp.int32(step - 1)), global_batch(batch, job.mesh))
     found = {"step": step, "weights_of_step": before[-1] if before else 0, **norms}
-    (folder / "norms.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        (folder / "norms.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

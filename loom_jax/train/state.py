@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from loom_jax.core import ConfigError
 from loom_jax.parallel import flatten_params
 from loom_jax.train.config import EmaConfig, TrainConfig
+from loom_jax.train.optimizer import apply_updates
 
 ALWAYS_FROZEN = ("vit_pos_embed/table", "latent_pos_embed/table", "vit/layers/k_proj/bias")
 """Fixed tables, and SigLIP's key bias: its gradient is zero but for rounding, by which AdamW would let it drift."""
@@ -46,6 +48,15 @@ def trainable_filter(config: TrainConfig) -> Callable[[tuple[Any, ...], Any], bo
     return is_trained
 
 
+def check_frozen(config: TrainConfig, params: nnx.State) -> None:
+    """Raises ConfigError where a pattern of `config.frozen` fits no parameter: it would freeze nothing."""
+    names = parameter_names(params)
+    for pattern in config.frozen:
+        if not fnmatch.filter(names, pattern):
+            known = ", ".join(sorted({name.split("/")[0] for name in names}))
+            raise ConfigError(f"frozen pattern {pattern!r} fits no parameter: paths begin with {known}")
+
+
 def split_model(model: nnx.Module, config: TrainConfig) -> tuple[Any, nnx.State, nnx.State]:
     """Returns (graphdef, trainable, frozen)."""
     return nnx.split(model, trainable_filter(config), ...)
@@ -63,16 +74,18 @@ def init_state(
     return TrainState(step, trainable, frozen, average, optimizer.init(trainable), bad_steps, skipped)
 
 
-def update_ema(ema: nnx.State | None, params: nnx.State, decay: float) -> nnx.State | None:
-    """Returns decay ema + (1 - decay) params, computed in float32 and kept in the dtype of `ema`."""
+def update_ema(ema: Any, params: Any, decay: float, key: jax.Array) -> Any:
+    """Returns decay ema + (1 - decay) params, computed in float32 and kept in the dtype of `ema`; None for None.
+
+    In bfloat16 it is rounded stochastically with `key`: at 0.9999 an average rounded to the nearest would never move.
+    """
     if ema is None:
         return None
 
-    def mix(average: jax.Array, param: jax.Array) -> jax.Array:
-        average32 = average.astype(jnp.float32)
-        return (average32 + (1 - decay) * (param.astype(jnp.float32) - average32)).astype(average.dtype)
+    def towards(average: jax.Array, param: jax.Array) -> jax.Array:
+        return (1 - decay) * (param.astype(jnp.float32) - average.astype(jnp.float32))
 
-    return jax.tree.map(mix, ema, params)
+    return apply_updates(ema, jax.tree.map(towards, ema, params), key)
 
 
 def parameter_names(tree: Any) -> list[str]:

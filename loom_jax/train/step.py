@@ -43,6 +43,9 @@ class Metrics(NamedTuple):
     squared_lengths: jax.Array
     """Sum over documents of their squared lengths, for counting FLOPs."""
     grad_norm: jax.Array
+    """Before clipping."""
+    learning_rate: jax.Array
+    """Of this step, whether it was skipped or not."""
     finite: jax.Array
     """bool [P + 1]: whether the gradient of each trained parameter is finite, then whether the loss is."""
     skipped: jax.Array
@@ -58,6 +61,7 @@ class StepParts:
     graphdef: Any
     vae_graphdef: Any
     optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
     config: TrainConfig
     attend: Attend
     constrain: Constrain
@@ -109,14 +113,20 @@ def gradients(parts: StepParts, state: TrainState, batch: Batch, draws: Draws) -
     count = parts.config.microbatches
     if count == 1:
         return grad(state.trainable, (batch, draws))
-    split = jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, *a.shape[1:]), (batch, draws))
+    split = jax.tree.map(lambda a: _split_rows(a, count, parts.constrain), (batch, draws))
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad(state.trainable, part)), None
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grad(state.trainable, part)), None
 
     shapes = jax.eval_shape(grad, state.trainable, jax.tree.map(lambda a: a[0], split))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), shapes)
     return jax.lax.scan(add, zeros, split)[0]
+
+
+def _split_rows(a: jax.Array, count: int, constrain: Constrain) -> jax.Array:
+    """[B, ...] -> [count, B / count, ...]; part i has rows i, i + count, ..., so that rows stay on their device."""
+    a = jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1)
+    return constrain(a, (None, "batch", *(None,) * (a.ndim - 2)))
 
 
 def _counts(batch: Batch, reweight: bool) -> tuple[jax.Array, jax.Array]:
@@ -135,14 +145,15 @@ def make_train_step(parts: StepParts) -> Callable[[TrainState, Any, TrainBatch],
     def step(state: TrainState, vae_params: Any, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         draws = draw(parts, vae_params, batch, state.step)
         grads, sums = gradients(parts, state, batch.batch, draws)
-        metrics = _measure(parts, batch.batch, grads, sums, state.bad_steps)
+        metrics = _measure(parts, batch.batch, grads, sums, state)
         good = metrics.skipped == 0
 
         def update() -> tuple[Any, Any, Any]:
             updates, optimizer = parts.optimizer.update(grads, state.optimizer, state.trainable)
-            key = make_key(parts.config.seed, Purpose.ROUNDING, state.step)
-            trainable = apply_updates(state.trainable, updates, key)
-            return trainable, optimizer, update_ema(state.ema, trainable, parts.config.ema.decay)
+            seed = parts.config.seed
+            trainable = apply_updates(state.trainable, updates, make_key(seed, Purpose.ROUNDING, state.step))
+            key = make_key(seed, Purpose.AVERAGE_ROUNDING, state.step)
+            return trainable, optimizer, update_ema(state.ema, trainable, parts.config.ema.decay, key)
 
         def keep() -> tuple[Any, Any, Any]:
             return state.trainable, state.optimizer, state.ema
@@ -164,7 +175,7 @@ def make_train_step(parts: StepParts) -> Callable[[TrainState, Any, TrainBatch],
     return step
 
 
-def _measure(parts: StepParts, batch: Batch, grads: Any, sums: LossSums, bad_steps: jax.Array) -> Metrics:
+def _measure(parts: StepParts, batch: Batch, grads: Any, sums: LossSums, state: TrainState) -> Metrics:
     loss = parts.config.loss
     ce_count, mse_count = _counts(batch, loss.reweight)
     ce = (sums.ce_weighted if loss.reweight else sums.ce) / ce_count
@@ -184,9 +195,10 @@ def _measure(parts: StepParts, batch: Batch, grads: Any, sums: LossSums, bad_ste
         gen_tokens=gen,
         squared_lengths=squared,
         grad_norm=jnp.sqrt(sum(squares)),
+        learning_rate=parts.learning_rate(state.step - state.skipped),
         finite=finite,
         skipped=skipped,
-        bad_steps=jnp.where(skipped > 0, bad_steps + 1, 0),
+        bad_steps=jnp.where(skipped > 0, state.bad_steps + 1, 0),
     )
 
 
