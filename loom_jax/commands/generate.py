@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loom_jax.core import ArgumentParser, InputError
+from loom_jax.core import ArgumentParser, InputError, LoomError
 
 if TYPE_CHECKING:
     from loom_jax.generate import Generator, ImageSettings, Request, Result
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
     from loom_jax.generate import TASK_SETTINGS
 
     settings = read_settings(args, TASK_SETTINGS[requests[0].task])
-
+    make_folder(args.out)
     text = api.TextSettings(args.max_new_tokens, args.temperature, args.top_p)
     started = time.perf_counter()
     generator = api.load(args.checkpoint, preset=args.sharding, dtype=args.dtype, attention=args.attention)
@@ -109,6 +110,20 @@ def main(argv: list[str]) -> int:
     for path in write_results(args.out, results, record(args, generator, settings, timings)):
         print(path)
     return 0
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder of results, before any work is done that could be lost.
+
+    Raises:
+      InputError: it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written to ({error.strerror}): choose another folder") from error
 
 
 def require(args: argparse.Namespace, *flags: str) -> None:
@@ -190,11 +205,10 @@ def write_results(out: Path, results: Sequence[Result], run: dict[str, Any]) -> 
     """Writes pictures, texts and result.json into `out`; returns their paths.
 
     Raises:
-      InputError: `out` cannot be written to.
+      LoomError: `out` cannot be written to any more.
     """
     paths, entries = [], []
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for number, result in enumerate(results):
             request = result.request
             entry: dict[str, Any] = {"task": request.task, "think": request.think, "seed": request.seed}
@@ -214,7 +228,7 @@ def write_results(out: Path, results: Sequence[Result], run: dict[str, Any]) -> 
         path = out / "result.json"
         path.write_text(json.dumps({**run, "results": entries}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written to ({error.strerror}): choose another folder") from error
+        raise LoomError(f"{out} cannot be written to any more ({error.strerror})") from error
     return [*paths, path]
 
 
