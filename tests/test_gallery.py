@@ -172,18 +172,14 @@ def test_it_looks_right_in_a_browser(work, tmp_path, width):
     page.write_text(
         render_gallery(work).encode("utf-8", "replace").decode().replace("</body>", probe), encoding="utf-8"
     )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--hide-scrollbars",
+    flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars"]
+    flags += ["disable-background-networking", "disable-component-update", "disable-sync"]
+    command = [
+        CHROMIUM,
+        *(f"--{flag}" for flag in flags),
+        f"--user-data-dir={tmp_path / 'user'}",
+        f"--window-size={max(width, 500)},1200",
     ]
-    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'user'}", f"--window-size={max(width, 500)},1200"]
     shot = tmp_path / "shot.png"
     subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
     seen = np.asarray(PILImage.open(shot).convert("RGB"))
