@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from loom_jax.core import ConfigError, InputError
+from loom_jax.data import RECIPES, make_pipeline, open_source
 from loom_jax.data.world import (
     BACKGROUNDS,
     COLOURS,
@@ -34,10 +35,22 @@ from loom_jax.data.world import (
     vocabulary,
     word_step,
 )
-from loom_jax.document import LOOM_TOKENS, Tokenizer, parse_steps, plan_prompt
+from loom_jax.document import (
+    LOOM_TOKENS,
+    Encoder,
+    ImageTransform,
+    Picture,
+    Text,
+    Tokenizer,
+    parse_steps,
+    plan_prompt,
+)
+from tests.data import TABLES, data_config
 
 STAR = Thing("large", "blue", "star", "top left")
 DISC = Thing("small", "red", "circle", "middle")
+ROOMY = {"und": 1024, "gen": 448, "vit": 960}
+CANVAS = [{"height": 64, "width": 64, "count": 24}]
 BOTH = Scene("meadow", frozenset({STAR, DISC}))
 
 
@@ -220,3 +233,31 @@ def test_unknown_names_are_refused():
         draw_example("song", "train", 0, 0)
     with pytest.raises(InputError, match="unknown split 'dev'"):
         draw_example("tutorial", "dev", 0, 0)
+
+
+@pytest.mark.parametrize("recipe", [*TASKS, "tutorial_frames"])
+@pytest.mark.parametrize("split", [(), ("long",)])
+def test_rows_suit_their_recipe(recipe, split):
+    source = open_source("world", split, recipe=recipe)
+    for index in range(12):
+        row = source[index]
+        segments = RECIPES[recipe].build(row, np.random.default_rng(index))
+        pictures = [segment for segment in segments if isinstance(segment, Picture)]
+        given = len(row.get("condition_list", row.get("entity_list", ())))
+        assert [p.role for p in pictures[: 2 * given]] == ["clean", "vit"] * given and pictures[-1].role == "noisy"
+        learned = [segment.text for segment in segments if isinstance(segment, Text) and segment.loss]
+        planned = recipe in ("tutorial", "image_tutorial", "decomposition")
+        assert learned == (row["instruction_list"][1:] if planned else [])
+    with pytest.raises(ConfigError, match="expected none, or one of train"):
+        open_source("world", ("dev",), recipe=recipe)
+
+
+def test_documents_of_the_world_are_packed():
+    config = data_config(
+        mixture=[{"name": task, "source": "world", "recipe": task} for task in TASKS], budget=ROOMY, canvases=CANVAS
+    )
+    encoder = Encoder(build_tokenizer(), 16, 8, ImageTransform(64, 64, 16), ImageTransform(64, 64, 8))
+    batches = make_pipeline(config, encoder, TABLES)
+    next(batches)
+    assert batches.stats["documents"] >= 4 and batches.stats["bad_rows"] == 0
+    batches.close()

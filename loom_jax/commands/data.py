@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from loom_jax.data import RowCounts
 
 NAME = "loom data"
-KINDS = ("parquet", "jsonl", "folders", "array_record", "synthetic")
+KINDS = ("parquet", "jsonl", "folders", "array_record", "synthetic", "world")
+DRAWN = ("synthetic", "world")
 TASKS = ("t2i", "edit", "vlm", "tutorial", "tutorial_frames", "image_tutorial", "decomposition", "composition", "style")
 EPILOG = """examples:
   loom data build data/edit --source parquet --recipe edit --out built/edit
@@ -56,7 +57,12 @@ def _subcommand(commands: Any, name: str, summary: str, run: Any) -> argparse.Ar
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EPILOG)
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="files, folders or patterns; none for synthetic rows")
+    add(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files, folders or patterns; none for synthetic; a split for world",
+    )
     add("--source", choices=KINDS, required=True, help="how the rows are stored")
     add("--recipe", choices=TASKS, required=True, help="what the rows are for; rows it cannot use are left out")
     add("--images", metavar="DIR", help="folder that file names in a jsonl are relative to")
@@ -113,13 +119,13 @@ def _write(args: argparse.Namespace, change: Any) -> int:
     from loom_jax.data import RowCounts, write_rows
 
     source = _open(args)
-    if args.source == "synthetic" and not args.limit:
-        raise InputError(f"synthetic rows have no natural end ({len(source)} an epoch): say how many with --limit")
+    if args.source in DRAWN and not args.limit:
+        raise InputError(f"{args.source} rows have no natural end ({len(source)} an epoch): say how many with --limit")
     counts = RowCounts(args.max_bad_share, min_rows=200)
     for fault in source.bad_files:
         print(f"{NAME}: left out: {fault}", file=sys.stderr)
     facts = {"source": args.source, "recipe": args.recipe, "bad": counts.bad}
-    if args.source != "synthetic":
+    if args.source not in DRAWN:
         facts["bad_files"] = [str(fault) for fault in source.bad_files]
     description = f"{args.recipe} rows from {args.source}"
     record = write_rows(_good_rows(source, args, counts, change), args.out, description, facts)

@@ -9,7 +9,7 @@ from loom_jax.core import ConfigError
 from loom_jax.data.packing import Budget
 from loom_jax.document import ImageTransform, Weighting
 
-SourceKind = Literal["parquet", "jsonl", "folders", "array_record", "synthetic"]
+SourceKind = Literal["parquet", "jsonl", "folders", "array_record", "synthetic", "world"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class MixtureEntry:
       name: how logs call it.
       source: how its rows are stored.
       recipe: how a row becomes a document (a name in `RECIPES`).
-      paths: files, folders or patterns such as `data/*.parquet`; what they mean depends on `source`.
+      paths: files, folders or patterns such as `data/*.parquet`; what they mean depends on `source`. For `world` the
+        split: none is `train`.
       images: the folder that the file names in a jsonl are relative to.
       weight: share of the rows that come from here, relative to the other weights.
       shuffle: visit rows in another order each epoch; else in the order of the files.

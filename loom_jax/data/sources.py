@@ -44,10 +44,11 @@ def open_source(kind: str, paths: Sequence[str] = (), images: str | None = None,
     """Opens a data set.
 
     Args:
-      kind: `parquet`, `jsonl`, `folders`, `array_record` or `synthetic`.
-      paths: files, folders or patterns; for `folders`, folders that hold one folder for each tutorial.
+      kind: `parquet`, `jsonl`, `folders`, `array_record`, `synthetic` or `world`.
+      paths: files, folders or patterns; for `folders`, folders that hold one folder for each tutorial; for `world`, the
+        split, or none for `train`.
       images: the folder that file names in a jsonl are relative to.
-      recipe: what kind of rows a synthetic source draws.
+      recipe: what kind of rows a synthetic source or the world draws.
 
     Raises:
       InputError: nothing is found there, or no row in it can be read.
@@ -56,6 +57,10 @@ def open_source(kind: str, paths: Sequence[str] = (), images: str | None = None,
         from loom_jax.data.synthetic import SyntheticRows
 
         return SyntheticRows(recipe)
+    if kind == "world":
+        from loom_jax.data.world import open_world
+
+        return open_world(recipe, paths)
     if not paths:
         raise InputError(f"a source of kind {kind} needs paths: name files, folders or patterns")
     source: Source
@@ -72,7 +77,9 @@ def open_source(kind: str, paths: Sequence[str] = (), images: str | None = None,
 
         source = StoredRows(paths)
     else:
-        raise InputError(f"unknown kind of source {kind!r}: use parquet, jsonl, folders, array_record or synthetic")
+        raise InputError(
+            f"unknown kind of source {kind!r}: use parquet, jsonl, folders, array_record, synthetic, world"
+        )
     if not len(source):
         faults = "; ".join(map(str, source.bad_files[:3]))
         raise InputError(f"no row can be read from {', '.join(paths)}" + (f" ({faults})" if faults else ""))

@@ -3,7 +3,7 @@
 from loom_jax.data.world.language import read_step, word_step
 from loom_jax.data.world.reader import Reading, read_pictures
 from loom_jax.data.world.render import SIDE, render
-from loom_jax.data.world.rows import WorldRows, encode_png, to_row
+from loom_jax.data.world.rows import WorldRows, encode_png, open_world, to_row
 from loom_jax.data.world.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -58,6 +58,7 @@ __all__ = [
     "encode_png",
     "follow",
     "in_order",
+    "open_world",
     "read_pictures",
     "read_step",
     "render",

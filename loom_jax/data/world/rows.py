@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from loom_jax.core import ConfigError
 from loom_jax.data.bad_rows import BadRow
 from loom_jax.data.world.render import render
-from loom_jax.data.world.scene import Split
+from loom_jax.data.world.scene import SPLITS, Split
 from loom_jax.data.world.tasks import TASKS, Example, WorldTask, draw_example
 from loom_jax.document import format_plan
 
@@ -50,6 +50,18 @@ class WorldRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return to_row(draw_example(self._task, self._split, self._seed, index))
+
+
+def open_world(recipe: str, paths: Sequence[str] = ()) -> WorldRows:
+    """Returns the rows for a recipe (`tutorial_frames` takes those of `tutorial`); `paths` may name the split.
+
+    Raises:
+      ConfigError: there are no such rows.
+    """
+    split = "train" if not paths else paths[0]
+    if len(paths) > 1 or split not in SPLITS:
+        raise ConfigError(f"paths={list(paths)} of the world: expected none, or one of {', '.join(SPLITS)}")
+    return WorldRows(recipe.removesuffix("_frames"), split)
 
 
 def to_row(example: Example) -> dict[str, Any]:
