@@ -94,7 +94,7 @@ def render_page(outcomes: Sequence[Outcome], scores: Sequence[Score], facts: Map
             tasks=tasks,
             metrics=METRICS,
             cells=cells,
-            plots=[plot_tasks(scores), plot_turns(scores)],
+            plots=[plot for plot in (plot_tasks(scores), plot_turns(scores)) if plot],
             groups=shown,
             failures=[
                 (outcome.number, outcome.example.task, outcome.failure) for outcome in outcomes if outcome.failure
@@ -192,8 +192,10 @@ def plot_tasks(scores: Sequence[Score]) -> str:
 
 
 def plot_turns(scores: Sequence[Score]) -> str:
-    """Returns a plot of step accuracy by turn, with its intervals, as a PNG data URL."""
-    tasks = list(dict.fromkeys(score.task for score in scores))
+    """Returns a plot of step accuracy by turn, for tasks with several, with its intervals, as a PNG data URL."""
+    tasks = list(dict.fromkeys(s.task for s in scores if s.metric == "step" and (s.turn or 0) > 1))
+    if not tasks:
+        return ""
     figure, axes = _figure(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         own = [s for s in scores if s.task == task and s.metric == "step" and s.turn is not None]
@@ -222,7 +224,7 @@ def _figure(count: int) -> tuple[Any, list[Any]]:
 
 
 def _finish(figure: Any, axes: Sequence[Any]) -> str:
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
