@@ -18,13 +18,17 @@ from loom_jax.core.errors import (
     LoomError,
     TokenizerError,
 )
+from loom_jax.core.heartbeat import HEARTBEATS, Heartbeat, HeartbeatFile, read_heartbeats, silent_processes
 
 __all__ = [
+    "HEARTBEATS",
     "ArgumentParser",
     "AutoencoderConfig",
     "CheckpointError",
     "ConfigError",
     "DecoderConfig",
+    "Heartbeat",
+    "HeartbeatFile",
     "ImageError",
     "InputError",
     "LoomConfig",
@@ -33,6 +37,8 @@ __all__ = [
     "TokenizerError",
     "apply_overrides",
     "from_mapping",
+    "read_heartbeats",
     "run_command",
+    "silent_processes",
     "to_mapping",
 ]

@@ -22,6 +22,7 @@ from loom_jax.parallel.activations import (
 from loom_jax.parallel.mesh import DATA_AXES, PRESETS, Preset, make_mesh
 from loom_jax.parallel.multihost import PreemptionNotice, start_distributed
 from loom_jax.parallel.rules import REPLICATED_LIMIT, RULES, ParamShape, flatten_params, logical_axes, shardings_for
+from loom_jax.parallel.schedulers import Place, find_place
 from loom_jax.parallel.states import state_shardings
 
 __all__ = [
@@ -31,10 +32,12 @@ __all__ = [
     "REPLICATED_LIMIT",
     "RULES",
     "ParamShape",
+    "Place",
     "PreemptionNotice",
     "Preset",
     "activation_spec",
     "batch_sharding",
+    "find_place",
     "flatten_params",
     "global_batch",
     "logical_axes",

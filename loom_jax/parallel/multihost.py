@@ -14,10 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from loom_jax.core import ConfigError
-
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-_LISTS = ("TPU_WORKER_HOSTNAMES",)
+from loom_jax.parallel.schedulers import find_place
 
 
 def start_distributed(
@@ -29,51 +26,37 @@ def start_distributed(
 ) -> bool:
     """Joins this process to its job; must come before the first use of a device. Alone, a process joins nothing.
 
-    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Where these are not
-    set either, but SLURM, Open MPI or a TPU pod says that there are several processes, jax finds out the rest itself.
+    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what these do not
+    say from SLURM, Open MPI, an indexed Kubernetes Job or a TPU pod; see `find_place`. A second call changes nothing.
 
     Args:
-      coordinator: `host:port` of process 0.
+      coordinator: `host:port` of process 0, or `auto` where the metadata of a Cloud TPU machine are to be asked.
       heartbeat_seconds: how long a process may be silent before the others give up.
 
     Returns:
-      Whether the process joined a job of several.
+      Whether the process belongs to a job of several.
 
     Raises:
       ConfigError: only some of the three are known, or one is no number.
     """
-    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    count = _number("JAX_NUM_PROCESSES", num_processes)
-    number = _number("JAX_PROCESS_ID", process_id)
-    if count == 1:
-        return False
-    if address is not None and count is not None and number is not None:
-        jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=heartbeat_seconds)
+    if jax.distributed.is_initialized():
         return True
-    known = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": number}
-    missing = [name for name, value in known.items() if value is None]
-    if len(missing) < len(known):
-        given = ", ".join(name for name in known if name not in missing)
-        raise ConfigError(f"{given} given without {', '.join(missing)}: a job of several processes needs all three")
-    if not _cluster_says_several():
+    place = find_place(os.environ, coordinator, num_processes, process_id)
+    if place is None:
         return False
-    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+    if place.found_by == "tpu":
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+        return True
+    # By itself jax would give a task of SLURM one device, also where the task is the only one of its machine.
+    jax.distributed.initialize(
+        place.coordinator,
+        place.count,
+        place.number,
+        place.local_devices,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
     return True
-
-
-def _number(name: str, given: int | None) -> int | None:
-    text = os.environ.get(name)
-    if given is not None or text is None:
-        return given
-    if not text.isdigit():
-        raise ConfigError(f"{name}={text!r} in the environment is no number")
-    return int(text)
-
-
-def _cluster_says_several() -> bool:
-    counts = [os.environ.get(name, "") for name in _COUNTS]
-    hosts = [os.environ.get(name, "").split(",") for name in _LISTS]
-    return any(text.isdigit() and int(text) > 1 for text in counts) or any(len(names) > 1 for names in hosts)
 
 
 class PreemptionNotice:

@@ -1,0 +1,84 @@
+"""What every process of a job runs: `python -m loom_jax.launch.entry [--dry-run] COMMAND ...`, a command of `loom`.
+
+It finds its place among the processes from the scheduler's variables, and says by its exit status whether a run that
+was asked to stop is to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from loom_jax import cli
+from loom_jax.core import ConfigError, InputError, read_heartbeats, run_command
+from loom_jax.launch.job import COMMANDS, SHARED, STOPPED
+
+USAGE = f"""usage: python -m loom_jax.launch.entry [--dry-run] COMMAND ...
+
+The processes of a job: COMMAND is one of {", ".join(COMMANDS)}, with its own arguments.
+Exit status {STOPPED}: a training run was asked to stop, and has saved.
+--dry-run says where this process stands in its job, and runs nothing.
+
+example:
+  srun python -m loom_jax.launch.entry train --config configs/tiny.py --workdir runs/tiny"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command of one process, and returns its exit status.
+
+    Raises:
+      InputError: no such command, or one that is a single process is started as several.
+      ConfigError: the environment names only part of a place in a job.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    dry_run, (command, *rest) = argv[0] == "--dry-run", argv[argv[0] == "--dry-run" :] or [""]
+    if command not in COMMANDS:
+        raise InputError(f"command {command!r} is not one of {', '.join(COMMANDS)}")
+    where = describe(command, _value(rest, "--coordinator"))
+    if dry_run:
+        print(f"{where}: {' '.join(['loom', command, *rest])}")
+        return 0
+    status = cli.main([command, *rest])
+    workdir = _value(rest, "--workdir")
+    if status == 0 and command in SHARED and workdir is not None:
+        stopped = any(beat.state == "stopped" and beat.pid == os.getpid() for beat in read_heartbeats(Path(workdir)))
+        return STOPPED if stopped else 0
+    return status
+
+
+def describe(command: str, coordinator: str | None = None) -> str:
+    """Returns where this process stands in its job.
+
+    Raises:
+      ConfigError: a command of one process is started as several, or the place is known in part.
+    """
+    from loom_jax.parallel import find_place
+
+    place = find_place(os.environ, coordinator)
+    if place is None:
+        return "alone"
+    if command not in SHARED:
+        raise ConfigError(
+            f"`loom {command}` is one process on the devices of one machine, but {place.found_by} says that there are "
+            f"{place.count or 'several'}: give one node and one task"
+        )
+    if place.found_by == "tpu":
+        return "one of a TPU pod"
+    return f"process {place.number} of {place.count}, coordinator {place.coordinator}, found by {place.found_by}"
+
+
+def _value(arguments: list[str], flag: str) -> str | None:
+    """The value of a flag among arguments, written with a space or with =."""
+    for place, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("loom_jax.launch.entry", main, sys.argv[1:]))
