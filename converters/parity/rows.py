@@ -153,7 +153,7 @@ def original_packing_loop(
         batch = []
         for name, group in groups.items():
             if group["mandatory"]:
-                limit = params["maxnum_tokens_per_sample"]
+                limit = params["max_num_tokens_per_sample"]
                 batch.append(next(s for s in fresh[name] if length(s) < limit))
         while True:
             total = sum(map(length, batch))
@@ -163,11 +163,11 @@ def original_packing_loop(
             else:
                 sample = next(fresh[list(groups)[int(np.searchsorted(shares, draws[used], side="right"))]])
                 used += 1
-            if length(sample) > params["maxnum_tokens_per_sample"]:
+            if length(sample) > params["max_num_tokens_per_sample"]:
                 continue
-            if total + length(sample) <= params["maxnum_tokens"]:
+            if total + length(sample) <= params["max_num_tokens"]:
                 batch.append(sample)
-                if total + length(sample) >= params["expectednum_tokens"]:
+                if total + length(sample) >= params["expected_num_tokens"]:
                     break
             elif not buffered and len(buffer) < params["max_buffer_size"]:
                 buffer.append(sample)
