@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,6 +48,7 @@ from loom_jax.generate import (
     interleave,
 )
 from tests import tiny
+from tests.sources import ROOT
 
 DRAWING = ImageSettings(num_timesteps=4, cfg_text_scale=3.0, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
 WRITING = TextSettings(max_new_tokens=9)
@@ -499,3 +503,19 @@ def test_six_turns_compile_each_call_once():
     fresh = Engine(tiny.model(), tiny.vae(), loom_encoder().special, len(loom_encoder().tokenizer))
     run([dataclasses.replace(REQUESTS[0], plan=PLAN[:1] * 6)], Generator(tiny.CONFIG, fresh, loom_encoder()))
     assert fresh.compilations() == {"start": 1, "extend": 1, "text": 0, "steps": 1, "encode": 1, "decode": 1}
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_bounded_histories_cost_the_same_in_every_turn(tmp_path):
+    benchmark = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "interleave.py"),
+        "--smoke",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    done = subprocess.run(benchmark, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = json.loads((tmp_path / "r.json").read_text())
+    grows = {run["policy"]: run["device_last_over_third"] for run in runs if run["turns"] == 6}
+    assert grows["uniform(2)"] == 1.0 < grows["all"]
