@@ -10,7 +10,9 @@ from loom_jax.train.config import (
     TrainConfig,
     WatchConfig,
 )
+from loom_jax.train.drift import DriftCheck, odd_copies
 from loom_jax.train.flops import flop_coefficients, peak_tflops, training_flops
+from loom_jax.train.goodput import Goodput
 from loom_jax.train.held_out import HeldOut
 from loom_jax.train.job import Draft, Job, build_job, draft_step
 from loom_jax.train.latents import clean_latents, encode_canvas, sample_moments
@@ -38,12 +40,15 @@ from loom_jax.train.state import (
     update_ema,
 )
 from loom_jax.train.step import Draws, Metrics, StepParts, batch_losses, draw, gradients, make_train_step
+from loom_jax.train.watch import Watch
 
 __all__ = [
     "ALWAYS_FROZEN",
     "Draft",
     "Draws",
+    "DriftCheck",
     "EmaConfig",
+    "Goodput",
     "HeldOut",
     "Hook",
     "Hooks",
@@ -59,6 +64,7 @@ __all__ = [
     "TrainConfig",
     "TrainLog",
     "TrainState",
+    "Watch",
     "WatchConfig",
     "apply_updates",
     "batch_losses",
@@ -78,6 +84,7 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "mean_losses",
+    "odd_copies",
     "parameter_names",
     "peak_tflops",
     "replay",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -66,7 +67,14 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
     log = TrainLog(folder, config, job.names, first)
     log.say(f"{job.summary()}; {'starts anew' if first == 0 else f'goes on after step {first}'}")
 
-    with log, watch.begin(first, job.mesh, log), checkpoints, window as profile, PreemptionNotice() as notice:
+    with (
+        contextlib.closing(data),
+        log,
+        watch.begin(first, job.mesh, log),
+        checkpoints,
+        window as profile,
+        PreemptionNotice() as notice,
+    ):
         for step in range(first + 1, config.total_steps + 1):
             began = time.perf_counter()
             with watch.part("data"):
@@ -92,7 +100,6 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
             if stop:
                 log.say(f"stopped after step {step} of {config.total_steps}, with a checkpoint")
                 break
-    data.close()
     return state
 
 
