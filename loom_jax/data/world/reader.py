@@ -23,7 +23,7 @@ CLEAR = 0.18
 FINALISTS = 3
 """Styles and backgrounds that are compared pixel by pixel."""
 BLOCK = 4
-CHUNK = 512
+CHUNK = 2048
 """Pictures that are read at once: bounds the memory."""
 
 _KINDS: tuple[tuple[str, str, str] | None, ...] = (None, *itertools.product(SIZES, COLOURS, SHAPES))
@@ -68,9 +68,7 @@ def read_pictures(pictures: np.ndarray, styles: Sequence[str] = STYLES) -> list[
 
 def _read_chunk(pictures: np.ndarray, styles: tuple[str, ...]) -> list[Reading]:
     count, grounds = len(pictures), list(itertools.product(styles, BACKGROUNDS))
-    coarse = _cut(pictures, BLOCK)
-    totals = np.stack([_compare(coarse, *ground, BLOCK)[0] for ground in grounds], 1)
-    finalists = np.argsort(totals, axis=1)[:, :FINALISTS]
+    finalists = np.argsort(_coarse_totals(pictures, styles), axis=1)[:, :FINALISTS]
     best = np.full(count, np.inf, np.float32)
     ground_of, kinds, errors = np.zeros(count, int), np.zeros((count, len(PLACES)), int), np.zeros(count, np.float32)
     fine = _cut(pictures, 1)
@@ -78,7 +76,7 @@ def _read_chunk(pictures: np.ndarray, styles: tuple[str, ...]) -> list[Reading]:
         rows = np.flatnonzero((finalists == number).any(1))
         if not len(rows):
             continue
-        total, kind, error = _compare([part[rows] for part in fine], *ground, 1)
+        total, kind, error = _compare([part[rows] for part in fine], *ground)
         better = total < best[rows]
         chosen = rows[better]
         best[chosen], ground_of[chosen] = total[better], number
@@ -96,16 +94,36 @@ def _scene(ground: tuple[str, str], kinds: np.ndarray) -> Scene:
     return Scene(name, frozenset(things), style)
 
 
-def _compare(
-    parts: Sequence[np.ndarray], style: str, name: str, block: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _coarse_totals(pictures: np.ndarray, styles: tuple[str, ...]) -> np.ndarray:
+    """Returns sums of squares, [N, G], between averages of each picture and of the nearest of each style and background.
+
+    One product for each place, and not one for each style and background as well: a product has its cost in threads.
+    """
+    *cells, rest, own = _cut(pictures, BLOCK)
+    templates, squares, around = _coarse_templates(styles)
+    totals = (rest**2).sum(1, keepdims=True) - 2 * (rest @ around.T) + (around**2).sum(1)
+    for place, cell in enumerate(cells):
+        apart = squares[place] - 2 * (cell @ templates[place].T)
+        totals += own[:, place, None] + apart.reshape(len(cell), len(around), -1).min(2)
+    return totals
+
+
+@functools.cache
+def _coarse_templates(styles: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns `_templates` of all styles and backgrounds: [9, G kinds, values], [9, G kinds], [G, R]."""
+    parts = [_templates(*ground, BLOCK) for ground in itertools.product(styles, BACKGROUNDS)]
+    templates, squares, around = zip(*parts, strict=True)
+    return np.concatenate(templates, 1), np.concatenate(squares, 1), np.stack(around)
+
+
+def _compare(parts: Sequence[np.ndarray], style: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compares pictures, cut into parts, with all pictures of one style and background.
 
     Returns:
       [N] sums of squares over the nearest one, its kinds [N, 9], and its difference in the worst cell, [N].
     """
     *cells, rest, own = parts
-    templates, squares, around = _templates(style, name, block)
+    templates, squares, around = _templates(style, name, 1)
     beside = ((rest - around) ** 2).sum(1)
     distances = np.empty((len(rest), len(PLACES)), np.float32)
     kinds = np.empty((len(rest), len(PLACES)), int)
