@@ -95,7 +95,7 @@ def _scene(ground: tuple[str, str], kinds: np.ndarray) -> Scene:
 
 
 def _coarse_totals(pictures: np.ndarray, styles: tuple[str, ...]) -> np.ndarray:
-    """Returns sums of squares, [N, G], between averages of each picture and of the nearest of each style and background.
+    """Returns sums of squares [N, G] between averages of each picture and of the nearest of each style and background.
 
     One product for each place, and not one for each style and background as well: a product has its cost in threads.
     """
