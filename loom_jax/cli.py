@@ -25,6 +25,8 @@ COMMANDS = {
     "data": Command("build data sets, look at their rows, store latents with them", "loom_jax.commands.data:main"),
     "train": Command("train a model by a recipe, and go on where it stopped", "loom_jax.commands.train:main"),
     "evaluate": Command("score a model on held-out requests, with a report", "loom_jax.commands.evaluate:main"),
+    "runs": Command("list the runs in a folder, and how they stand; compare two", "loom_jax.commands.runs:main"),
+    "sweep": Command("train a recipe with lists of overrides, into one table", "loom_jax.commands.sweep:main"),
     "convert": Command("turn a PyTorch release folder into an Orbax folder, or back", "loom_jax.converters.bagel:main"),
 }
 
