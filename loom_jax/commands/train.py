@@ -15,8 +15,8 @@ NAME = "loom train"
 CONFIG = "--config"
 EPILOG = """examples:
   loom train --config configs/tiny.py --workdir runs/tiny --config.total_steps=200
-  loom train --config configs/bagel_7b_finetune.py --workdir runs/7b --config.init_from=bagel_7b \\
-      --config.mesh.preset=fsdp --config.data.mixture.0.paths="('rows/*.parquet',)"
+  loom train --config configs/bagel_7b_finetune.py:h100-8 --workdir runs/7b --config.init_from=bagel_7b \\
+      --config.data.mixture.0.paths="('rows/*.parquet',)"
   loom train --config configs/tiny.py --workdir runs/tiny --replay-step 120
 
 --config.KEY=VALUE changes any key of the recipe; values are Python literals or plain text. The same command again goes
@@ -33,7 +33,13 @@ def main(argv: list[str]) -> int:
     overrides = [a.removeprefix(f"{CONFIG}.") for a in argv if a.startswith(f"{CONFIG}.")]
     parser = ArgumentParser(prog=NAME, description="Train a model by a recipe.", epilog=EPILOG)
     add = parser.add_argument
-    add(CONFIG, type=Path, required=True, metavar="FILE", help="recipe, such as configs/tiny.py")
+    add(
+        CONFIG,
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="recipe, such as configs/tiny.py, or one of its variants: FILE:VARIANT",
+    )
     add("--workdir", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument(
         "--replay-step", type=int, metavar="N", help="rebuild step N's batch and measure the model on it"
@@ -63,11 +69,13 @@ def main(argv: list[str]) -> int:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Returns what `get_config()` of a recipe gives, as nested plain values.
+    """Returns what `get_config()` of a recipe gives, as nested plain values; `get_config("NAME")` for FILE:NAME.
 
     Raises:
-      InputError: there is no such file, it cannot be run, or it has no get_config.
+      InputError: there is no such file, it cannot be run, it has no get_config, or none that knows NAME.
     """
+    text, _, variant = str(path).partition(".py:")
+    path = Path(f"{text}.py") if variant else path
     if not path.is_file():
         raise InputError(f"{path}: there is no such recipe; those that come along lie in configs/")
     try:
@@ -76,7 +84,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be run ({type(error).__name__}: {error})") from error
     if "get_config" not in names:
         raise InputError(f"{path} has no function get_config: expected one that returns an ml_collections.ConfigDict")
-    return names["get_config"]().to_dict()
+    try:
+        return names["get_config"](*([variant] if variant else [])).to_dict()
+    except (TypeError, KeyError) as error:
+        known = f"; it knows {', '.join(names['MESHES'])}" if "MESHES" in names else ": it takes none"
+        raise InputError(f"{path} has no variant {variant!r}{known}") from error
 
 
 def read_config(recipe: dict[str, Any], overrides: list[str]) -> TrainConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from loom_jax.checkpoint import ModelFolder, read_folder, restore_component
@@ -18,7 +18,7 @@ from loom_jax.core import ConfigError, LoomConfig, to_mapping
 from loom_jax.data import RECIPES, DataConfig, Pipeline, Tables, make_pipeline
 from loom_jax.document import LOOM_TOKENS, Encoder, Tokenizer, make_encoder
 from loom_jax.models import Autoencoder, LoomModel, add_lora
-from loom_jax.nn import Purpose, choose_attention, make_key
+from loom_jax.nn import REMAT_POLICIES, Purpose, choose_attention, make_key
 from loom_jax.parallel import (
     DATA_AXES,
     batch_sharding,
@@ -127,8 +127,8 @@ def build_job(config: TrainConfig) -> Job:
         _check_same(source.config, config.model, config.init_from)
     _check_rows(config, mesh)
     draft = draft_step(config, mesh)
-    vae_params = _autoencoder(config, source, draft.vae, mesh)
     encoder = make_encoder(config.model, _tokenizer(config, source))
+    vae_params = _autoencoder(config, source, draft.vae, mesh)
     return Job(config, mesh, draft.parts, draft.step, draft.state, draft.shardings, vae_params, encoder, source)
 
 
@@ -148,13 +148,18 @@ class Draft:
     vae: Any
 
 
-def draft_step(config: TrainConfig, mesh: Mesh) -> Draft:
+def draft_step(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Draft:
     """Returns the jitted step of a job and the shapes and places of what it takes.
+
+    On an AbstractMesh the step cannot be called or compiled, but shapes and places are those of real devices.
 
     Raises:
       ConfigError: the configuration contradicts itself, or does not fit the mesh.
     """
-    attend = shard_attend(choose_attention(config.attention, mesh.devices.flat[0].platform), mesh)
+    if config.remat not in REMAT_POLICIES:
+        raise ConfigError(f"remat={config.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    attend = shard_attend(choose_attention(config.attention, platform), mesh)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     vae_graphdef, vae = nnx.split(nnx.eval_shape(lambda: _new_autoencoder(config)), nnx.Param)
     vae_shardings = shardings_for(vae, mesh, config.mesh.preset)

@@ -30,14 +30,21 @@ def clean_latents(vae: Autoencoder, batch: TrainBatch, patch: int, key: jax.Arra
 
 
 def encode_canvas(vae: Autoencoder, canvas: Canvas, patch: int, key: jax.Array) -> jax.Array:
-    """Returns the latent tokens of canvases [B, N, H, W, 3], row-major over each whole canvas: [B, N h w, C]."""
-    rows = canvas.pixels.shape[0]
-    pixels = to_unit(canvas.pixels).reshape(-1, *canvas.pixels.shape[2:])
-    sizes = canvas.sizes.reshape(-1, 2)
-    moments = vae.encode(pixels, sizes)
-    noise = jax.random.normal(key, moments.mean.shape, jnp.float32)
-    latents = vae.sample(moments, noise, sizes)
-    return rearrange(latents, "(b n) (h p) (w q) c -> b (n h w) (p q c)", b=rows, p=patch, q=patch)
+    """Returns the latent tokens of canvases [B, N, H, W, 3], row-major over each whole canvas: [B, N h w, C].
+
+    The places of a row are encoded one after the other: all at once would take some GiB each at full size.
+    """
+    rows, places, height, width = canvas.pixels.shape[:4]
+    down = vae.config.downsample
+    shape = (places, rows, height // down, width // down, vae.config.z_channels)
+    noise = jax.random.normal(key, shape, jnp.float32)
+
+    def encode(place: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        pixels, sizes, noise = place
+        return vae.sample(vae.encode(to_unit(pixels), sizes), noise, sizes)
+
+    latents = jax.lax.map(encode, (jnp.swapaxes(canvas.pixels, 0, 1), jnp.swapaxes(canvas.sizes, 0, 1), noise))
+    return rearrange(latents, "n b (h p) (w q) c -> b (n h w) (p q c)", p=patch, q=patch)
 
 
 def to_unit(pixels: jax.Array) -> jax.Array:

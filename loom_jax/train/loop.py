@@ -52,9 +52,9 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
     """
     watch = Watch(workdir, config)
     job = build_job(config)
+    data = job.open_data()
     _start_folder(job, workdir)
     checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
-    data = job.open_data()
     restored = checkpoints.restore(job.abstract_state, job.shardings)
     if restored is None:
         state, first = job.new_state(), 0
