@@ -32,7 +32,7 @@ def manifest(name: str) -> Any:
 
 def _recorded(path: Path) -> Path:
     if not path.exists():
-        pytest.skip(f"{path.name} is not there: the records of the original belong in ../shared/reference beside the checkout")
+        pytest.skip(f"{path.name} is not there: records of the original belong in ../shared beside the checkout")
     return path
 
 
