@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 from types import FrameType, TracebackType
@@ -46,6 +47,7 @@ def start_distributed(
         return False
     if place.found_by == "tpu":
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+        _label_log_lines()
         return True
     # By itself jax would give a task of SLURM one device, also where the task is the only one of its machine.
     jax.distributed.initialize(
@@ -56,7 +58,20 @@ def start_distributed(
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
+    _label_log_lines()
     return True
+
+
+def _label_log_lines() -> None:
+    """Lets every line of Python's logging begin with the number of this process, whoever writes it."""
+    make, label = logging.getLogRecordFactory(), f"[process {jax.process_index()}/{jax.process_count()}]"
+
+    def labelled(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        record.msg = f"{label} {record.msg}"
+        return record
+
+    logging.setLogRecordFactory(labelled)
 
 
 class PreemptionNotice:
