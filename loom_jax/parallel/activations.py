@@ -57,7 +57,7 @@ def activation_spec(
     return P(*spec)
 
 
-def make_constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+def make_constrain(mesh: Mesh | AbstractMesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
     """Returns `constrain(x, names)` for the models: places an activation on the mesh by the names of its axes."""
 
     def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -68,7 +68,7 @@ def make_constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], 
     return constrain
 
 
-def shard_attend(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+def shard_attend(attend: Callable[..., jax.Array], mesh: Mesh | AbstractMesh) -> Callable[..., jax.Array]:
     """Returns an attention that runs on each device's own rows and heads, with keys of the whole length.
 
     The compiler cannot cut a kernel by itself, and a decision taken in a loop, such as to skip a block that no query of
@@ -93,7 +93,7 @@ def shard_attend(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., 
     return sharded
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of every leaf of a batch: rows over the data axes, all else whole."""
     return NamedSharding(mesh, P(tuple(axis for axis in DATA_AXES if mesh.shape.get(axis, 1) > 1) or None))
 
