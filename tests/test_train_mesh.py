@@ -47,7 +47,7 @@ def test_a_preset_on_eight_devices_equals_one_device(preset):
     assert_same_step(training.take_step(training.config(f"mesh.preset={preset}"), mesh), alone())
 
 
-@pytest.mark.parametrize("preset", ["single", "fsdp+tensor"])
+@pytest.mark.parametrize("preset", ["single", pytest.param("fsdp+tensor", marks=pytest.mark.slow)])
 def test_four_microbatches_equal_one(preset):
     given = training.config("microbatches=4", f"mesh.preset={preset}")
     assert_same_step(training.take_step(given, make_mesh(preset)), alone())
@@ -71,6 +71,7 @@ def get_config():
 OVERRIDES = ("mesh.preset=fsdp", "data.shards=2", "total_steps=3", "save.every=3")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE)

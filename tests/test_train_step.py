@@ -85,7 +85,10 @@ def difference(found, expected):
     return worst
 
 
-@pytest.mark.parametrize("override", ["remat=full", "remat=dots", "loss.vocab_chunk=100", "attention=blockwise"])
+@pytest.mark.parametrize(
+    "override",
+    ["remat=full", pytest.param("remat=dots", marks=pytest.mark.slow), "loss.vocab_chunk=100", "attention=blockwise"],
+)
 def test_how_it_is_computed_does_not_change_the_gradient(override):
     assert difference(measured(override), measured()) < 1e-4
 
@@ -174,6 +177,7 @@ def test_a_step_moves_the_trained_parameters_their_average_and_nothing_else():
         np.testing.assert_allclose(average, 0.9 * (0.9 * start + 0.1 * one) + 0.1 * two, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lean_states_in_bfloat16_take_the_same_way():
     _, _, plain, _ = two_steps()
     lean = "param_dtype=bfloat16", "ema.dtype=bfloat16", "optimizer.moment_dtype=bfloat16"

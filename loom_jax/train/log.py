@@ -128,7 +128,7 @@ class TrainLog:
         self.say(f"step {step} is skipped: {len(names)} tensors are not finite, first {names[0]}")
         if int(values.bad_steps) >= self._config.watch.max_bad_steps:
             raise LoomError(
-                f"step {step} is the {int(values.bad_steps)}th in a row that is not finite, first in {names[0]}: "
+                f"{int(values.bad_steps)} steps in a row up to step {step} were not finite, first in {names[0]}: "
                 f"look at it with --replay-step {step}, lower the learning rate, or raise watch.max_bad_steps"
             )
 
