@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,6 +60,9 @@ def start_distributed(
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
     _label_log_lines()
+    # Between CPUs the first collective fails where one process comes to it half a minute after another, as one may that
+    # compiles what the other finds in the cache. Later ones wait.
+    multihost_utils.sync_global_devices("joined")
     return True
 
 

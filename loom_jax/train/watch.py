@@ -71,5 +71,6 @@ class Watch:
         self._goodput.stepped(step)
         self._heartbeat.beat(step)
         if self._drift.due(step):
+            jax.block_until_ready(state)  # the step at hand is no part of the measurement
             with self._goodput.part("measure"):
                 self._drift.check(step, state)
