@@ -516,6 +516,9 @@ def test_the_benchmark_runs_and_bounded_histories_cost_the_same_in_every_turn(tm
     ]
     done = subprocess.run(benchmark, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = json.loads((tmp_path / "r.json").read_text())
-    grows = {run["policy"]: run["device_last_over_third"] for run in runs if run["turns"] == 6}
-    assert grows["uniform(2)"] == 1.0 < grows["all"]
+    figures = json.loads((tmp_path / "r.json").read_text())
+    held = {(run["policy"], run["turns"]): run["device_bytes"] for run in figures["last_frames"]}
+    grows = {policy: held[policy, 7] / held[policy, 4] for policy in ("uniform(2)", "all")}
+    assert grows["uniform(2)"] < 1.4 < grows["all"]  # the plan is longer, and read by every frame
+    whole = [turn["device_bytes"] for turn in figures["whole_sequence"]]
+    assert len(whole) == 7 and set(whole[2:]) == {whole[2]}
