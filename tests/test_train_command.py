@@ -46,7 +46,7 @@ def small(tmp_path):
         (["--config.optimizer.lr=1e-4"], "unknown key 'optimizer.lr': OptimizerConfig knows name, learning_rate"),
         (["--config.total_steps=many"], "total_steps='many' is a str, expected int"),
         (["--config.ema.dtype=float16"], "ema.dtype='float16' is not one of 'float32', 'bfloat16'"),
-        (["--config.remat=all"], "remat='all' is not one of none, full, dots"),
+        (["--config.remat=all"], "remat='all' is not one of none, full"),
         (["--config.attention=sparse"], "attention='sparse' is not one of "),
         (["--config.mesh.preset=ring"], "sharding preset 'ring' is not one of single, fsdp"),
         (["--config.frozen=('vti/*',)"], "frozen pattern 'vti/*' fits no parameter"),
