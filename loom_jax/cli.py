@@ -27,6 +27,9 @@ COMMANDS = {
     "evaluate": Command("score a model on held-out requests, with a report", "loom_jax.commands.evaluate:main"),
     "runs": Command("list the runs in a folder, and how they stand; compare two", "loom_jax.commands.runs:main"),
     "sweep": Command("train a recipe with lists of overrides, into one table", "loom_jax.commands.sweep:main"),
+    "plan": Command(
+        "say whether a job fits chips that are not there, and how fast it is", "loom_jax.commands.plan:main"
+    ),
     "convert": Command("turn a PyTorch release folder into an Orbax folder, or back", "loom_jax.converters.bagel:main"),
 }
 

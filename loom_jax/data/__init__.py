@@ -1,7 +1,7 @@
 """From rows of data sets to packed batches: sources, recipes, mixing, packing. numpy only: nothing here imports jax."""
 
 from loom_jax.data.bad_rows import BadRow, RowCounts
-from loom_jax.data.canvases import Canvas, TrainBatch
+from loom_jax.data.canvases import Canvas, TrainBatch, abstract_batch
 from loom_jax.data.config import CanvasConfig, DataConfig, DropoutConfig, MixtureEntry
 from loom_jax.data.order import Address
 from loom_jax.data.packer import Packer, Room
@@ -50,6 +50,7 @@ __all__ = [
     "Tables",
     "Targets",
     "TrainBatch",
+    "abstract_batch",
     "composition",
     "damaged_files",
     "edit",

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loom_jax.core import ConfigError
-from loom_jax.data.config import CanvasConfig
-from loom_jax.data.packing import Batch, Packable
+from loom_jax.data.config import CanvasConfig, DataConfig
+from loom_jax.data.packing import Batch, Packable, Tables, pack
 from loom_jax.document import NO_TOKEN, ImageTokens
 
 
@@ -164,3 +164,28 @@ def fill_moments(rows: Sequence[Sequence[Packable]], batch: Batch, width: int) -
         if count:
             moments[b, :count] = np.concatenate(tokens)
     return TrainBatch(batch, (), np.full(shape, NO_TOKEN, np.int32), moments)
+
+
+def abstract_batch(config: DataConfig, tables: Tables, stride: int) -> TrainBatch:
+    """Returns the shapes and dtypes of a whole batch of `config.rows` rows, without their memory.
+
+    Args:
+      stride: pixels a side of a latent token.
+    """
+    row = pack([[]], config.budget, tables)
+    if config.latents == "moments":
+        batch = fill_moments([[]], row, 2 * tables.latent_dim)
+    else:
+        check_canvases(config.canvases, stride)
+        batch = fill_canvases([[]], config.canvases, row, stride)
+    return _of_rows(batch, config.rows)
+
+
+def _of_rows(value: Any, rows: int) -> Any:
+    """One row as `rows` of them, with strides of 0: nothing is copied."""
+    if isinstance(value, np.ndarray):
+        return np.broadcast_to(value, (rows, *value.shape[1:]))
+    if value is None:
+        return None
+    parts = [_of_rows(part, rows) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

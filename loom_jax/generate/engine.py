@@ -140,6 +140,11 @@ class Engine:
             state = self._steps(self._params, work, state, *span, branches=branches, renorm=renorm)
             yield last, state
 
+    def lower_denoising(self, work: Denoising, x: Any, branches: int, renorm: RenormType = "global") -> Any:
+        """Returns the denoising loop as `jax.stages.Lowered`, for shapes in place of arrays: for plans."""
+        span = (jax.ShapeDtypeStruct((), jnp.int32),) * 2
+        return self._steps.lower(self._params, work, x, *span, branches=branches, renorm=renorm)
+
     def encode_image(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Returns the latents [h, w, C] of one image [H, W, 3] in [-1, 1], encoded as if alone; `noise` [h, w, C]."""
         height, width = pixels.shape[:2]

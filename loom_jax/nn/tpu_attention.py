@@ -29,11 +29,11 @@ LANES = 128
 
 _ORDERS = 2**20
 _SPLITS = 2**16
-_NOBODY = -(2**31)
+_NOBODY, _LAST = -(2**31), 2**31 - 1
 _START, _MASKED = -1e30, -2e30
 """The first peak, and the logit of a forbidden pair: below it, so that its weight is 0 even in an empty row."""
 
-_VMEM_BYTES = 64 * 2**20
+_VMEM_BYTES = 48 * 2**20
 
 
 class Codes(NamedTuple):
@@ -47,10 +47,11 @@ class Codes(NamedTuple):
 
 def attention_codes(q_layout: TokenLayout, k_layout: TokenLayout) -> Codes:
     """Returns the numbers that stand for the rule. Documents have fewer than 2^20 tokens and 2^16 splits."""
-    q = [a[:, :, None] for a in q_layout]
-    k = [a[:, None, :] for a in k_layout]
-    own_split = (q[0] == k[0]) & (q[1] == k[1]) & (q[2] != CAUSAL)
-    reach = jnp.maximum(q_layout.order, jnp.where(own_split, k[3], -1).max(axis=2))
+    # One number for a split: the comparison below is made for every pair.
+    q_split = jnp.where(q_layout.mode == CAUSAL, _NOBODY, q_layout.document * _SPLITS + q_layout.split)
+    k_split = k_layout.document * _SPLITS + k_layout.split
+    in_split = jnp.where(q_split[:, :, None] == k_split[:, None, :], k_layout.order[:, None, :], -1)
+    reach = jnp.maximum(q_layout.order, in_split.max(axis=2))
 
     def noise_code(layout: TokenLayout) -> jax.Array:
         return -2 - layout.document * _SPLITS - layout.split
@@ -124,14 +125,22 @@ class _Setting(NamedTuple):
 def _fetches(codes: Codes, setting: _Setting) -> tuple[jax.Array, jax.Array]:
     """Returns which block to hold at each step, flat int32: [B, nq, nk] of keys, and [B, nk, nq] of queries.
 
-    A step whose own number is not the one to hold has nothing to do, and nothing is fetched for it.
+    A step whose own number is not the one to hold has nothing to do, and nothing is fetched for it. Blocks are judged
+    by the ranges of their codes, which is enough for documents that lie together.
     """
-    batch, q_len, k_len = *codes.first.shape, codes.code.shape[1]
-    first, last, own = (a[:, :, None] for a in codes[:3])
-    code = codes.code[:, None, :]
-    seen = ((code >= first) & (code < last)) | (code == own)
-    blocks = (batch, q_len // setting.q_block, setting.q_block, k_len // setting.k_block, setting.k_block)
-    needed = seen.reshape(blocks).any(axis=(2, 4))
+    shape = codes.first.shape[0], -1
+    first, last, own = (a.reshape(*shape, setting.q_block) for a in codes[:3])
+    code = codes.code.reshape(*shape, setting.k_block)
+    seeing, noise = last > first, code < -1
+    first, last = jnp.where(seeing, first, _LAST).min(axis=2), last.max(axis=2)
+    own_low, own_high = jnp.where(own == _NOBODY, _LAST, own).min(axis=2), own.max(axis=2)
+    low, high = jnp.where(code >= 0, code, _LAST).min(axis=2), code.max(axis=2)
+    noise_low, noise_high = jnp.where(noise, code, _LAST).min(axis=2), jnp.where(noise, code, _NOBODY).max(axis=2)
+
+    def meet(q_range: tuple[jax.Array, jax.Array], k_range: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return (q_range[0][:, :, None] <= k_range[1][:, None]) & (k_range[0][:, None] <= q_range[1][:, :, None])
+
+    needed = meet((first, last - 1), (low, high)) | meet((own_low, own_high), (noise_low, noise_high))
 
     def held(needed: jax.Array) -> jax.Array:
         numbers = jnp.arange(needed.shape[2])
@@ -185,7 +194,7 @@ def _forward_kernel(
         for r in range(q.shape[2]):
             total = jnp.maximum(totals[r][:, :1], jnp.finfo(jnp.float32).tiny)
             out[0, 0, r] = (sums[r] / total).astype(out.dtype)
-            lse[0, 0, r] = peaks[r][:, :1] + jnp.log(total)
+            lse[0, 0, r] = (peaks[r][:, :1] + jnp.log(total)).T
 
 
 def _dq_kernel(
@@ -204,9 +213,10 @@ def _dq_kernel(
     def _() -> None:
         bias = _bias(see[0, :, 0:1], see[0, :, 1:2], see[0, :, 2:3], code[0])
         for r in range(q.shape[2]):
+            column = stats[0, 0, r].T
             logits = _dot(q[0, 0, r], k[0, 0], transpose_b=True) * setting.scale + bias
-            weights = jnp.exp(logits - stats[0, 0, r, :, 0:1])
-            change = _dot(grad[0, 0, r], v[0, 0], transpose_b=True) - stats[0, 0, r, :, 1:2]
+            weights = jnp.exp(logits - column[:, 0:1])
+            change = _dot(grad[0, 0, r], v[0, 0], transpose_b=True) - column[:, 1:2]
             sums[r] += _dot((weights * change).astype(k.dtype), k[0, 0])
 
     @pl.when(step == steps - 1)
@@ -274,11 +284,7 @@ def _specs(shape: tuple[int, ...], setting: _Setting, q_outer: bool, grid: tuple
         keys=spec((1, 1, size[1], width), not q_outer, lambda b, h, i: (b, h, i, 0)),
         q_numbers=spec(numbers[0][not q_outer], q_outer, column if q_outer else row),
         k_numbers=spec(numbers[1][q_outer], not q_outer, row if q_outer else column),
-        per_query=lambda n: (
-            spec((1, 1, rep, size[0], n), q_outer, lambda b, h, i: (b, h, 0, i, 0))
-            if q_outer
-            else spec((1, 1, rep, n, size[0]), q_outer, lambda b, h, i: (b, h, 0, 0, i))
-        ),
+        per_query=lambda n: spec((1, 1, rep, n, size[0]), q_outer, lambda b, h, i: (b, h, 0, 0, i)),
     )
 
 
@@ -335,12 +341,12 @@ def _flash_forward(
         grid,
         setting,
         ([at.queries, at.keys, at.keys, at.q_numbers, at.k_numbers], [at.queries, at.per_query(1)]),
-        [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:-1], 1), jnp.float32)],
+        [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1, q_len), jnp.float32)],
         [pltpu.VMEM((*rows, size), jnp.float32) for size in (LANES, LANES, width)],
         2,
         (by_query, q, k, v, see, codes.code[:, None]),
     )
-    out, lse = checkpoint_name(out, ATTENTION_OUTPUT), checkpoint_name(lse[..., 0], ATTENTION_OUTPUT)
+    out, lse = checkpoint_name(out, ATTENTION_OUTPUT), checkpoint_name(lse, ATTENTION_OUTPUT)
     return out, (q, k, v, codes, by_query, by_key, out, lse)
 
 
@@ -349,7 +355,8 @@ def _flash_backward(setting: _Setting, saved: tuple[Any, ...], grad: jax.Array) 
     batch, groups, rep, q_len, width = q.shape
     blocks = q_len // setting.q_block, k.shape[2] // setting.k_block
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    stats, see, rows = jnp.stack([lse, delta], axis=-1), jnp.stack(codes[:3], axis=-1), (rep, setting.q_block)
+    stats = jnp.concatenate([lse, delta[:, :, :, None]], axis=3)
+    see, rows = jnp.stack(codes[:3], axis=-1), (rep, setting.q_block)
     grid = batch, groups, *blocks
     at = _specs(q.shape, setting, True, grid)
     (dq,) = _call(
@@ -380,7 +387,7 @@ def _flash_backward(setting: _Setting, saved: tuple[Any, ...], grad: jax.Array) 
         [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         [pltpu.VMEM((setting.k_block, width), jnp.float32)] * 2,
         4,
-        (by_key, q, k, v, see.swapaxes(1, 2), codes.code[..., None], grad, stats.swapaxes(-1, -2)),
+        (by_key, q, k, v, see.swapaxes(1, 2), codes.code[..., None], grad, stats),
     )
     return dq, dk, dv, None
 
