@@ -106,6 +106,7 @@ def main() -> None:
     """Runs all measurements, prints tables, and writes them as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, nargs="+", default=[4, 16, LONGEST], metavar="N")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), metavar="POLICY", help="[uniform(2) all]")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="points of the schedule [8]")
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="measurements, of which the median counts [3]"
@@ -118,14 +119,14 @@ def main() -> None:
         parser.error(f"--turns must lie between 3 and {LONGEST}")
     settings = ImageSettings(num_timesteps=steps, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
     generator, console = build(), Console(width=120)
-    runs = [measure(generator, policy, count, settings, repeats) for policy in POLICIES for count in turns]
+    runs = [measure(generator, policy, count, settings, repeats) for policy in args.policies for count in turns]
     console.print(show(runs))
-    whole = make(generator, POLICIES[0], turns[-1], 0, settings)
+    whole = make(generator, args.policies[0], turns[-1], 0, settings)
     held = [turn["device_bytes"] / MIB for turn in whole[2:]]
     resident = [turn["process_bytes"] / MIB for turn in whole[2:]]
     seconds = [turn["seconds"] for turn in whole[2:]]
     console.print(
-        f"all {turns[-1]} turns, {POLICIES[0]}: from turn 3 on {min(held):.2f} to {max(held):.2f} MiB on the device, "
+        f"{turns[-1]} turns, {args.policies[0]}: from turn 3 on {min(held):.2f} to {max(held):.2f} MiB on the device, "
         f"process {resident[0]:.0f} to {max(resident):.0f} MiB, {min(seconds):.3f} to {max(seconds):.3f} s a frame"
     )
     if args.out:
