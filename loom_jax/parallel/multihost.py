@@ -18,6 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from loom_jax.parallel.schedulers import find_place
 
+SHUTDOWN_SECONDS = 60
+"""How long a process that ends waits for the others: one that failed must not keep them, nor be kept, for long."""
+
 
 def start_distributed(
     coordinator: str | None = None,
@@ -47,7 +50,9 @@ def start_distributed(
     if place is None:
         return False
     if place.found_by == "tpu":
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+        )
         _label_log_lines()
         return True
     # By itself jax would give a task of SLURM one device, also where the task is the only one of its machine.
@@ -58,6 +63,7 @@ def start_distributed(
         place.local_devices,
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=heartbeat_seconds,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
     _label_log_lines()
     # Between CPUs the first collective fails where one process comes to it half a minute after another, as one may that
