@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from loom_jax.checkpoint import RunCheckpoints, saved_steps
-from loom_jax.core import CheckpointError, InputError, LoomError
+from loom_jax.checkpoint import RunCheckpoints, load_module, read_folder, saved_steps
+from loom_jax.converters import to_orbax
+from loom_jax.core import CheckpointError, ConfigError, InputError, LoomError
+from loom_jax.models import LoomModel
 from loom_jax.parallel import flatten_params
-from loom_jax.train import HeldOut, Metrics, TrainLog, replay, train
+from loom_jax.train import HeldOut, Metrics, TrainLog, build_job, replay, train
 from tests import training
+from tests.reference import CKPT
 
 ROOT = Path(__file__).resolve().parents[1]
 WATCHED = ("watch.profile_start=2", "watch.profile_steps=2")
@@ -231,3 +235,24 @@ def test_a_run_that_goes_on_drops_the_lines_that_it_repeats(tmp_path):
     with TrainLog(tmp_path, training.config(), [], first=2) as log:
         log.write(3, {"loss": 1.0})
     assert lines_of(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+
+
+def test_a_job_begins_at_the_weights_of_a_folder(tmp_path):
+    folder = tmp_path / "converted"
+    to_orbax(CKPT, folder)
+    model = read_folder(folder).config
+    given = dataclasses.replace(training.config(f"init_from='{folder}'"), model=model)
+    with pytest.raises(ConfigError, match=r"model.max_latent_size=\d+, but .* holds a model with \d+: give that value"):
+        build_job(dataclasses.replace(given, model=dataclasses.replace(model, max_latent_size=5)))
+    job = build_job(given)
+    state = job.new_state()
+    stored = load_module(read_folder(folder), "model", lambda c: LoomModel(c, rngs=nnx.Rngs(0)))
+    expected = flatten_params(nnx.state(stored))[0]
+    found = flatten_params(state.trainable)[0] | flatten_params(state.frozen)[0]
+    assert found.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert found[name].dtype == jnp.float32
+        np.testing.assert_array_equal(found[name], np.asarray(leaf, np.float32), err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.trainable)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)  # or the step could not donate them
