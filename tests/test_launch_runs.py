@@ -98,7 +98,7 @@ def steps_of(folder: Path) -> list[int]:
     """The steps in the log of a run, in order."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line)["step"] for line in lines if line.endswith("\n") and '"loss"' in line]
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
 def wait_for(what: Callable[[], Any], why: str, minutes: float = 25) -> Any:
@@ -111,7 +111,7 @@ def wait_for(what: Callable[[], Any], why: str, minutes: float = 25) -> Any:
 
 def goodput(folder: Path) -> dict[str, float]:
     """The shares at the end of a run."""
-    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    line = json.loads((folder / "events.ndjson").read_text().splitlines()[-1])
     assert line["event"] == "goodput"
     return {name.removeprefix("goodput/"): share for name, share in line.items() if name.startswith("goodput/")}
 

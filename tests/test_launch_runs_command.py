@@ -21,7 +21,8 @@ def make_run(folder: Path, steps: int, state: Any = "running", **train: Any) -> 
     (folder / "run.json").write_text(json.dumps({"schema_version": 1, "train": config}))
     lines = [{"step": step, "loss": 1 / step} for step in range(1, steps + 1)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text + '{"step": 7, "event": "goodput"}\n{"step": 8, "lo')
+    (folder / "metrics.jsonl").write_text(text + '{"step": 8, "lo')
+    (folder / "events.ndjson").write_text('{"step": 7, "event": "goodput"}\n')
     for step in (2, 4):
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
     (folder / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()

@@ -102,7 +102,7 @@ def test_every_second_has_its_part():
 def test_a_run_writes_how_it_ended(tmp_path):
     lines: list[dict[str, Any]] = []
     config: Any = SimpleNamespace(total_steps=3, watch=SimpleNamespace(drift_every=0))
-    log: Any = SimpleNamespace(write=lambda step, values: lines.append({"step": step, **values}))
+    log: Any = SimpleNamespace(event=lambda step, name, values: lines.append({"step": step, "event": name, **values}))
 
     def run(first: int, last: int) -> str:
         with Watch(tmp_path, config).begin(first, make_mesh("single"), log) as watch:

@@ -46,15 +46,14 @@ def after(step, action):
     return lambda job, workdir: [After(step, action)]
 
 
-def lines_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def lines_of(workdir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
 def steps_of(workdir):
     """Lines of the log that say how a step went, without what depends on the clock."""
-    timed = ("second", "share", "flops", "goodput")
-    lines = [line for line in lines_of(workdir) if "loss" in line]
-    return [{k: v for k, v in line.items() if not any(word in k for word in timed)} for line in lines]
+    timed = ("second", "share", "flops")
+    return [{k: v for k, v in line.items() if not any(word in k for word in timed)} for line in lines_of(workdir)]
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +84,10 @@ def assert_same_state(state, expected):
 
 def test_the_log_tells_what_a_user_wants_to_know(whole):
     workdir, state = whole
-    lines = [line for line in lines_of(workdir) if "loss" in line]
+    lines = lines_of(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and state.step == 6
+    assert list(workdir.rglob("*.jsonl")) == [workdir / "metrics.jsonl"]  # scripts read step and loss of each line
+    assert [event["event"] for event in lines_of(workdir, "events.ndjson")] == ["goodput"]
     expected = ("ce", "mse", "grad_norm", "learning_rate", "step_seconds", "data_wait_share", "tflops_per_device")
     expected += ("tokens_per_second", "und_tokens_per_second", "gen_tokens_per_second", "data/fill/und")
     assert all(set(expected) <= set(line) for line in lines)
@@ -153,9 +154,9 @@ def test_bad_steps_stop_the_run_which_then_goes_on_from_a_good_one(whole, tmp_pa
     checkpoints.wait()
     with pytest.raises(LoomError, match=r"2 steps in a row up to step 5 were not finite, first in \S+/\S+: look at"):
         train(training.config("watch.max_bad_steps=2"), workdir)
-    events = [line for line in lines_of(workdir) if line.get("event") == "skipped"]
+    events = [line for line in lines_of(workdir, "events.ndjson") if line["event"] == "skipped"]
     assert [line["step"] for line in events] == [4, 5] and events[0]["not_finite"] in job.names
-    assert any(line.get("loss", 0) is None for line in lines_of(workdir))
+    assert any(line["loss"] is None for line in lines_of(workdir))
     for step in (3, 4):  # as a user would who sees where it began
         shutil.rmtree(workdir / "checkpoints" / str(step))
     assert_same_state(train(training.config(), workdir), whole[1])
@@ -231,10 +232,14 @@ def test_lines_are_written_as_often_as_asked(tmp_path):
 
 
 def test_a_run_that_goes_on_drops_the_lines_that_it_repeats(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    with TrainLog(tmp_path, training.config(), [], first=2) as log:
-        log.write(3, {"loss": 1.0})
-    assert lines_of(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    for name in ("metrics.jsonl", "events.ndjson"):
+        (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    with TrainLog(tmp_path, training.config(), ["a", "b"], first=2) as log:
+        log.put(3, made_metrics(), {})
+        log.event(3, "held_out", {"held_out/ce": 1.0})
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+    expected = [{"step": 1}, {"step": 2}, {"step": 3, "event": "held_out", "held_out/ce": 1.0}]
+    assert lines_of(tmp_path, "events.ndjson") == expected
 
 
 def test_a_job_begins_at_the_weights_of_a_folder(tmp_path):

@@ -100,7 +100,7 @@ def test_two_processes_equal_one(tmp_path):
     outputs = [process.communicate(timeout=240)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)[-4000:]
     lines, expected = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("two", "one")
     )
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == [1, 2, 3]

@@ -113,18 +113,15 @@ def read_state(folder: Path, seen_from: Path) -> Run:
 
 
 def last_line(folder: Path) -> dict[str, Any]:
-    """Returns the last line of a run's log that has a loss; empty where there is none."""
+    """Returns the last line of a run's log; empty where there is none."""
     file = folder / "metrics.jsonl"
-    found: dict[str, Any] = {}
-    if file.is_file():
-        for text in file.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # cut off, as the run is writing it
-            if "loss" in line:
-                found = line
-    return found
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for text in reversed(lines):
+        try:
+            return json.loads(text)
+        except ValueError:
+            continue  # cut off, as the run is writing it
+    return {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

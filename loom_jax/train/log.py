@@ -1,4 +1,7 @@
-"""The log of a run: JSON lines, TensorBoard, and a table on the console. Metrics are read one step late."""
+"""The log of a run: JSON lines, TensorBoard, and a table on the console. Metrics are read one step late.
+
+Every line of metrics.jsonl is a step with its loss; what else happens is a line of events.ndjson.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
@@ -41,7 +44,7 @@ class TrainLog:
     """Writes what steps report. A step is read when the next one has been handed to the device, so nothing waits.
 
     Args:
-      folder: where metrics.jsonl and TensorBoard's files go; None in processes that do not write.
+      folder: where metrics.jsonl, events.ndjson and TensorBoard's files go; None in processes that do not write.
       config: of the run.
       names: parameter names, in the order of `Metrics.finite`.
       first: step that the run goes on after; lines of later ones, which a killed run left behind, are dropped.
@@ -55,12 +58,10 @@ class TrainLog:
         self._waited = 0.0
         self._lines = 0
         self._peak = peak_tflops(jax.devices()[0].device_kind)
-        self._file = self._board = None
+        self._metrics = self._events = self._board = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
-            _drop_later(path, first)
-            self._file = path.open("a", encoding="utf-8")
+            self._metrics, self._events = (_open(folder / name, first) for name in ("metrics.jsonl", "events.ndjson"))
             self._board = _event_writer(folder)
 
     def __enter__(self) -> Self:
@@ -71,10 +72,9 @@ class TrainLog:
     ) -> None:
         if kind is None:
             self.flush()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._metrics, self._events, self._board):
+            if file is not None:
+                file.close()
 
     def waited_for_data(self, seconds: float) -> None:
         """Adds to the time in which the step waited for its batch."""
@@ -98,16 +98,20 @@ class TrainLog:
 
     def say(self, text: str) -> None:
         """Prints a line on the console."""
-        if self._file is not None:
+        if self._metrics is not None:
             _console().print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+    def event(self, step: int, name: str, values: Mapping[str, float | str]) -> None:
+        """Writes what happened after `step`: `skipped`, `held_out` or `goodput`."""
+        self._write(self._events, step, {"event": name, **values})
+
+    def _write(self, file: TextIO | None, step: int, values: Mapping[str, float | str]) -> None:
         """Writes one line of values; null stands for those that are not finite, which JSON does not know."""
-        if self._file is None:
+        if file is None:
             return
         known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, **known}) + "\n")
-        self._file.flush()
+        file.write(json.dumps({"step": step, **known}) + "\n")
+        file.flush()
         for name, value in values.items():
             if isinstance(value, int | float) and self._board is not None:
                 _add_scalar(self._board, name, value, step)
@@ -120,11 +124,11 @@ class TrainLog:
         if values.skipped:
             self._skipped(step, values)
         if step % self._config.watch.log_every == 0 or step == 1:
-            self.write(step, self._line(step, values, data))
+            self._write(self._metrics, step, self._line(step, values, data))
 
     def _skipped(self, step: int, values: Metrics) -> None:
         names = [name for name, finite in zip(self._names, values.finite, strict=True) if not finite]
-        self.write(step, {"event": "skipped", "not_finite": names[0], "not_finite_count": len(names)})
+        self.event(step, "skipped", {"not_finite": names[0], "not_finite_count": len(names)})
         self.say(f"step {step} is skipped: {len(names)} tensors are not finite, first {names[0]}")
         if int(values.bad_steps) >= self._config.watch.max_bad_steps:
             raise LoomError(
@@ -167,16 +171,15 @@ class TrainLog:
         self.say(" ".join(cell for _, cell in cells))
 
 
-def _drop_later(path: Path, step: int) -> None:
-    """Removes lines of steps after `step`, and one that was cut off, from a log."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+def _open(path: Path, step: int) -> TextIO:
+    """Opens a log to write at its end, after it removed lines of steps after `step`, and one that was cut off."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
         part = path.with_suffix(".part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 def _console() -> Any:

@@ -87,7 +87,7 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
             watch.stepped(step, state)
             with watch.part("measure"):
                 if held_out.due(step):
-                    log.write(step, held_out.measure(state))
+                    log.event(step, "held_out", held_out.measure(state))
                 for hook in others:
                     if hook.due(step):
                         hook.run(step, state)

@@ -52,7 +52,7 @@ class Watch:
             self._heartbeat.beat(self._step, "failed")
             return
         shares = {f"goodput/{name}": share for name, share in self._goodput.shares().items()}
-        self._log.write(self._step, {"event": "goodput", **shares})
+        self._log.event(self._step, "goodput", shares)
         self._heartbeat.beat(self._step, "finished" if self._step == self._config.total_steps else "stopped")
 
     @contextmanager
