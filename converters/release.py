@@ -324,7 +324,7 @@ def _siglip_config(sizes: _Sizes, vit: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _autoencoder_config(sizes: _Sizes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of AutoencoderConfig. Scale and shift leave no trace in the weights."""
+    """Fields of AutoencoderConfig. Scale, shift and the groups of norms leave no trace in the weights."""
     ch = sizes.axis("encoder.conv_in.weight", 0, 4)
     firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(sizes.count(r"encoder\.down\.(\d+)\."))]
     return {
@@ -338,6 +338,7 @@ def _autoencoder_config(sizes: _Sizes, given: Mapping[str, Any]) -> dict[str, An
         "shift_factor": given.get("shift_factor", 0.1159),
         "in_channels": sizes.axis("encoder.conv_in.weight", 1, 4),
         "out_ch": sizes.axis("decoder.conv_out.weight", 0, 4),
+        "num_groups": given.get("num_groups", 32),
     }
 
 
@@ -419,6 +420,7 @@ def config_files(config: LoomConfig) -> dict[str, dict[str, Any]]:
             **_truth(config, "vae"),
             "scale_factor": config.vae.scale_factor,
             "shift_factor": config.vae.shift_factor,
+            "num_groups": config.vae.num_groups,
         },
     }
     return {"llm_config.json": llm, "vit_config.json": siglip, "config.json": top}

@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     add("--process-id", type=int, metavar="I", help="likewise")
     args = parser.parse_args([a for a in argv if not a.startswith(f"{CONFIG}.")])
     recipe = read_recipe(args.config)
+    if "pictures" in recipe:
+        return _train_autoencoder(recipe, overrides, args.workdir)
     config = read_config(recipe, overrides)
     from loom_jax.parallel import start_distributed
 
@@ -65,6 +67,14 @@ def main(argv: list[str]) -> int:
 
     train(config, args.workdir, sample_hooks)
     print(args.workdir)
+    return 0
+
+
+def _train_autoencoder(recipe: dict[str, Any], overrides: list[str], workdir: Path) -> int:
+    from loom_jax.train import AutoencoderTrainConfig, train_autoencoder
+
+    train_autoencoder(from_mapping(AutoencoderTrainConfig, apply_overrides(recipe, overrides)), workdir)
+    print(workdir)
     return 0
 
 

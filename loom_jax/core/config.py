@@ -70,7 +70,7 @@ class SiglipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """The FLUX autoencoder. Latents are `scale_factor * (sample - shift_factor)`."""
+    """The FLUX autoencoder. Latents are `scale_factor * (sample - shift_factor)`; norms have `num_groups` groups."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -80,6 +80,7 @@ class AutoencoderConfig:
     shift_factor: float
     in_channels: int = 3
     out_ch: int = 3
+    num_groups: int = 32
 
     @property
     def downsample(self) -> int:

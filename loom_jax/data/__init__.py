@@ -16,6 +16,7 @@ from loom_jax.data.packing import (
     pack,
     total_need,
 )
+from loom_jax.data.pictures import Pictures, PicturesConfig
 from loom_jax.data.pipeline import Pipeline, make_pipeline, mean_need, merge_states, open_sources
 from loom_jax.data.reader import Element, Reader
 from loom_jax.data.recipes import RECIPES, Recipe, composition, edit, read_moments, t2i, tutorial, vlm, write_moments
@@ -38,6 +39,8 @@ __all__ = [
     "MixtureEntry",
     "Packable",
     "Packer",
+    "Pictures",
+    "PicturesConfig",
     "Pipeline",
     "Reader",
     "Recipe",

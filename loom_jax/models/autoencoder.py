@@ -41,11 +41,13 @@ class Moments(NamedTuple):
 class ResBlock(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the channels change."""
 
-    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self, in_features: int, out_features: int, *, groups: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any
+    ):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.norm1 = GroupNorm(in_features, rngs=rngs, param_dtype=param_dtype)
+        self.norm1 = GroupNorm(in_features, num_groups=groups, rngs=rngs, param_dtype=param_dtype)
         self.conv1 = Conv(in_features, out_features, **options)
-        self.norm2 = GroupNorm(out_features, rngs=rngs, param_dtype=param_dtype)
+        self.norm2 = GroupNorm(out_features, num_groups=groups, rngs=rngs, param_dtype=param_dtype)
         self.conv2 = Conv(out_features, out_features, **options)
         self.nin_shortcut = Conv(in_features, out_features, 1, **options) if in_features != out_features else None
 
@@ -58,9 +60,9 @@ class ResBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """x + attention of one head over all cells of the image."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(self, features: int, *, groups: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         linear = functools.partial(nnx.Linear, features, features, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.norm = GroupNorm(features, rngs=rngs, param_dtype=param_dtype)
+        self.norm = GroupNorm(features, num_groups=groups, rngs=rngs, param_dtype=param_dtype)
         self.q, self.k, self.v, self.proj_out = linear(), linear(), linear(), linear()
 
     def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
@@ -93,8 +95,8 @@ def attend_to_cells(
 class Mid(nnx.Module):
     """The part at the lowest resolution: block, attention, block."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
-        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+    def __init__(self, features: int, *, groups: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        options = {"groups": groups, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.block_1 = ResBlock(features, features, **options)
         self.attn_1 = AttentionBlock(features, **options)
         self.block_2 = ResBlock(features, features, **options)
@@ -109,18 +111,22 @@ class Mid(nnx.Module):
 class DownLevel(nnx.Module):
     """Residual blocks of one resolution of the encoder, then the step to the next one."""
 
-    def __init__(self, widths: list[int], downsamples: bool, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self, widths: list[int], downsamples: bool, *, groups: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any
+    ):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.block = nnx.List([ResBlock(a, b, **options) for a, b in itertools.pairwise(widths)])
+        self.block = nnx.List([ResBlock(a, b, groups=groups, **options) for a, b in itertools.pairwise(widths)])
         self.downsample = Downsample(widths[-1], widths[-1], **options) if downsamples else None
 
 
 class UpLevel(nnx.Module):
     """Residual blocks of one resolution of the decoder, then the step to the next higher one."""
 
-    def __init__(self, widths: list[int], upsamples: bool, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(
+        self, widths: list[int], upsamples: bool, *, groups: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any
+    ):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.block = nnx.List([ResBlock(a, b, **options) for a, b in itertools.pairwise(widths)])
+        self.block = nnx.List([ResBlock(a, b, groups=groups, **options) for a, b in itertools.pairwise(widths)])
         self.upsample = Upsample(widths[-1], widths[-1], **options) if upsamples else None
 
 
@@ -130,14 +136,14 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         widths = [config.ch * mult for mult in config.ch_mult]
-        entry = [config.ch, *widths[:-1]]
+        groups, entry = config.num_groups, [config.ch, *widths[:-1]]
         self.conv_in = Conv(config.in_channels, config.ch, **options)
         self.down = nnx.List(
-            DownLevel([before] + [width] * config.num_res_blocks, level < len(widths) - 1, **options)
+            DownLevel([before] + [width] * config.num_res_blocks, level < len(widths) - 1, groups=groups, **options)
             for level, (before, width) in enumerate(zip(entry, widths, strict=True))
         )
-        self.mid = Mid(widths[-1], **options)
-        self.norm_out = GroupNorm(widths[-1], rngs=rngs, param_dtype=param_dtype)
+        self.mid = Mid(widths[-1], groups=groups, **options)
+        self.norm_out = GroupNorm(widths[-1], num_groups=groups, rngs=rngs, param_dtype=param_dtype)
         self.conv_out = Conv(widths[-1], 2 * config.z_channels, **options)
 
     def stages(self, x: jax.Array, valid: jax.Array | None = None) -> Stages:
@@ -168,14 +174,14 @@ class Decoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         widths = [config.ch * mult for mult in config.ch_mult]
-        entry = [*widths[1:], widths[-1]]
+        groups, entry = config.num_groups, [*widths[1:], widths[-1]]
         self.conv_in = Conv(config.z_channels, widths[-1], **options)
-        self.mid = Mid(widths[-1], **options)
+        self.mid = Mid(widths[-1], groups=groups, **options)
         self.up = nnx.List(
-            UpLevel([before] + [width] * (config.num_res_blocks + 1), level > 0, **options)
+            UpLevel([before] + [width] * (config.num_res_blocks + 1), level > 0, groups=groups, **options)
             for level, (before, width) in enumerate(zip(entry, widths, strict=True))
         )
-        self.norm_out = GroupNorm(widths[0], rngs=rngs, param_dtype=param_dtype)
+        self.norm_out = GroupNorm(widths[0], num_groups=groups, rngs=rngs, param_dtype=param_dtype)
         self.conv_out = Conv(widths[0], config.out_ch, **options)
 
     def stages(self, z: jax.Array, valid: jax.Array | None = None) -> Stages:

@@ -1,5 +1,6 @@
 """Training: configuration, state, losses, optimizer, the pure step, and the loop around it."""
 
+from loom_jax.train.autoencoder import AutoencoderTrainConfig, restore_autoencoder, train_autoencoder
 from loom_jax.train.config import (
     EmaConfig,
     LoraConfig,
@@ -44,6 +45,7 @@ from loom_jax.train.watch import Watch
 
 __all__ = [
     "ALWAYS_FROZEN",
+    "AutoencoderTrainConfig",
     "Draft",
     "Draws",
     "DriftCheck",
@@ -88,11 +90,13 @@ __all__ = [
     "parameter_names",
     "peak_tflops",
     "replay",
+    "restore_autoencoder",
     "round_stochastically",
     "sample_moments",
     "split_model",
     "split_timesteps",
     "train",
+    "train_autoencoder",
     "trainable_filter",
     "training_flops",
     "training_forward",

@@ -61,7 +61,8 @@ class TrainLog:
         self._metrics = self._events = self._board = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._metrics, self._events = (_open(folder / name, first) for name in ("metrics.jsonl", "events.ndjson"))
+            self._metrics = open_log(folder / "metrics.jsonl", first)
+            self._events = open_log(folder / "events.ndjson", first)
             self._board = _event_writer(folder)
 
     def __enter__(self) -> Self:
@@ -99,7 +100,7 @@ class TrainLog:
     def say(self, text: str) -> None:
         """Prints a line on the console."""
         if self._metrics is not None:
-            _console().print(text, highlight=False, markup=False, soft_wrap=True)
+            console().print(text, highlight=False, markup=False, soft_wrap=True)
 
     def event(self, step: int, name: str, values: Mapping[str, float | str]) -> None:
         """Writes what happened after `step`: `skipped`, `held_out` or `goodput`."""
@@ -171,7 +172,7 @@ class TrainLog:
         self.say(" ".join(cell for _, cell in cells))
 
 
-def _open(path: Path, step: int) -> TextIO:
+def open_log(path: Path, step: int) -> TextIO:
     """Opens a log to write at its end, after it removed lines of steps after `step`, and one that was cut off."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -182,7 +183,8 @@ def _open(path: Path, step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _console() -> Any:
+def console() -> Any:
+    """Returns where lines for people go."""
     from rich.console import Console
 
     return Console()

@@ -1,0 +1,202 @@
+"""Training an autoencoder from nothing, for models whose pictures the published one does not fit, on one device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import loom_jax
+from loom_jax.checkpoint import RunCheckpoints, restore_params, save_params
+from loom_jax.core import AutoencoderConfig, CheckpointError, ConfigError, LoomError, from_mapping, to_mapping
+from loom_jax.data import Pictures, PicturesConfig
+from loom_jax.models import Autoencoder
+from loom_jax.nn import Purpose, make_key
+from loom_jax.parallel import PreemptionNotice
+from loom_jax.train.config import EmaConfig, OptimizerConfig, SaveConfig
+from loom_jax.train.latents import to_unit
+from loom_jax.train.log import console, open_log
+from loom_jax.train.optimizer import make_optimizer
+from loom_jax.train.state import update_ema
+
+RECORD, WEIGHTS = "autoencoder.json", "vae"
+"""What a finished run leaves for `TrainConfig.vae_from`: its record, and the moving average of its weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderTrainConfig:
+    """A training job of an autoencoder.
+
+    Attributes:
+      vae: its sizes. With scale 1 and shift 0 latents come out near a standard normal distribution by themselves.
+      pictures: what it learns from.
+      kl_weight: of the mean divergence of a latent value from a standard normal one, beside the mean squared error of
+        a pixel value in [-1, 1]. For a pixel noise of sigma it is 2 sigma^2 (latent values / pixel values).
+      log_every: steps between lines of the log.
+    """
+
+    vae: AutoencoderConfig
+    pictures: PicturesConfig
+    total_steps: int
+    seed: int = 42
+    kl_weight: float = 4e-4
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig(0.999)
+    save: SaveConfig = SaveConfig()
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.pictures.side % self.vae.downsample:
+            raise ConfigError(
+                f"pictures.side={self.pictures.side}: must be a multiple of {self.vae.downsample} for vae.ch_mult="
+                f"{self.vae.ch_mult}"
+            )
+        if self.total_steps < 1 or self.log_every < 1 or self.kl_weight < 0:
+            raise ConfigError(
+                f"total_steps={self.total_steps}, log_every={self.log_every}, kl_weight={self.kl_weight}: the first "
+                "two must be at least 1, the last at least 0"
+            )
+
+
+class AutoencoderState(NamedTuple):
+    """All that a step changes."""
+
+    step: jax.Array
+    trainable: nnx.State
+    ema: nnx.State | None
+    optimizer: optax.OptState
+
+
+def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Path:
+    """Trains until `config.total_steps`, going on where `workdir` stopped; returns the folder of the weights.
+
+    A SIGTERM ends the run after the step at hand, with a checkpoint.
+
+    Raises:
+      CheckpointError: `workdir` belongs to another run.
+      LoomError: the loss is not finite, too many pictures cannot be read, or the disk is full.
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: _build(config)), nnx.Param)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+
+    def begin() -> AutoencoderState:
+        params = nnx.split(_build(config), nnx.Param)[1]
+        average = jax.tree.map(jnp.copy, params) if config.ema.decay else None
+        return AutoencoderState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
+
+    _start(workdir, config)
+    checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
+    restored = checkpoints.restore(jax.eval_shape(begin))
+    state, first = (jax.jit(begin)(), 0) if restored is None else (restored.state, restored.step)
+    step_of = jax.jit(make_step(config, graphdef, optimizer), donate_argnums=0)
+    log = open_log(workdir / "metrics.jsonl", first)
+    with contextlib.closing(Pictures(config.pictures)) as pictures, log, checkpoints, PreemptionNotice() as notice:
+        began = time.perf_counter()
+        for step in range(first + 1, config.total_steps + 1):
+            state, metrics = step_of(state, pictures[step])
+            stop = step == config.total_steps or notice.agreed()
+            if stop or step == 1 or step % config.log_every == 0:
+                values = {name: float(value) for name, value in metrics.items()}
+                if not np.isfinite(values["loss"]):
+                    raise LoomError(f"the loss of step {step} is not finite: lower optimizer.learning_rate")
+                line = {"step": step, **values, "seconds": round(time.perf_counter() - began, 1)}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                text = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+                console().print(text, highlight=False, soft_wrap=True)
+            if stop or checkpoints.due(step):
+                checkpoints.save(step, state, None, {"preempted": step < config.total_steps and stop})
+            checkpoints.check()
+            if stop:
+                break
+    if int(state.step) == config.total_steps:
+        _finish(workdir, config, state)
+    return workdir / WEIGHTS
+
+
+def make_step(config: AutoencoderTrainConfig, graphdef: Any, optimizer: optax.GradientTransformation) -> Any:
+    """Returns `step(state, pixels) -> (state, metrics)`; pixels are uint8 [N, H, W, 3]."""
+
+    def losses(params: nnx.State, pixels: jax.Array, noise: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        vae: Autoencoder = nnx.merge(graphdef, params)
+        moments = vae.encode(pixels)
+        error = vae.decode(vae.sample(moments, noise)) - pixels
+        # Kingma and Welling, Auto-Encoding Variational Bayes (2014), appendix B.
+        kl = 0.5 * (moments.mean**2 + jnp.exp(moments.logvar) - 1 - moments.logvar).mean()
+        mse = (error**2).mean()
+        metrics = {"mse": mse, "kl": kl, "pixel_error": jnp.abs(error).mean() / 2}
+        return mse + config.kl_weight * kl, metrics
+
+    def step(state: AutoencoderState, pixels: jax.Array) -> tuple[AutoencoderState, dict[str, jax.Array]]:
+        pixels = to_unit(pixels)
+        cells = tuple(side // config.vae.downsample for side in pixels.shape[1:3])
+        key = make_key(config.seed, Purpose.POSTERIOR_NOISE, state.step)
+        noise = jax.random.normal(key, (len(pixels), *cells, config.vae.z_channels), jnp.float32)
+        (loss, metrics), grads = jax.value_and_grad(losses, has_aux=True)(state.trainable, pixels, noise)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+        params: Any = optax.apply_updates(state.trainable, updates)  # type: ignore[arg-type]
+        average = update_ema(state.ema, params, config.ema.decay, make_key(config.seed, Purpose.AVERAGE_ROUNDING))
+        return AutoencoderState(state.step + 1, params, average, opt_state), {"loss": loss, **metrics}
+
+    return step
+
+
+def restore_autoencoder(path: Path, config: AutoencoderConfig, abstract: Any, shardings: Any = None) -> Any:
+    """Restores the weights that a finished run left in its folder.
+
+    Args:
+      path: the run's folder.
+      config: what they must be of.
+      abstract, shardings: as in `restore_params`.
+
+    Raises:
+      CheckpointError: the run is not finished, or its autoencoder is another one.
+    """
+    record = path / RECORD
+    if not record.is_file() or not (path / WEIGHTS).is_dir():
+        raise CheckpointError(
+            f"{path} holds no finished autoencoder ({RECORD} and {WEIGHTS}/): train one with "
+            "`loom train --config configs/world_autoencoder.py`"
+        )
+    found = from_mapping(AutoencoderConfig, json.loads(record.read_text(encoding="utf-8"))["config"]["vae"], "vae.")
+    if found != config:
+        raise CheckpointError(f"{path} holds an autoencoder of {found}, but model.vae is {config}: give its sizes")
+    return restore_params(path / WEIGHTS, abstract, shardings, dtype=jnp.float32)
+
+
+def _build(config: AutoencoderTrainConfig) -> Autoencoder:
+    return Autoencoder(config.vae, rngs=nnx.Rngs(params=make_key(config.seed, Purpose.INIT)))
+
+
+def _start(workdir: Path, config: AutoencoderTrainConfig) -> None:
+    """Writes the record of the run, or checks the one that is there."""
+    record, mapping = workdir / RECORD, to_mapping(config)
+    if record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))["config"]
+        if found["vae"] != mapping["vae"]:
+            raise CheckpointError(f"{workdir} is a run of another autoencoder ({found['vae']}): choose another folder")
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = {"created_by": f"loom_jax {loom_jax.__version__}", "config": mapping}
+        record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{workdir} cannot be made a run folder ({error}): choose another place") from error
+
+
+def _finish(workdir: Path, config: AutoencoderTrainConfig, state: AutoencoderState) -> None:
+    unfinished = workdir / f".{WEIGHTS}"
+    for old in (unfinished, workdir / WEIGHTS):
+        shutil.rmtree(old, ignore_errors=True)
+    save_params(unfinished, state.trainable if state.ema is None else state.ema)
+    unfinished.rename(workdir / WEIGHTS)
