@@ -15,13 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from loom_jax.core import from_mapping
+from loom_jax.commands.train import read_config, read_recipe
 from loom_jax.data import (
-    RECIPES,
     Address,
     Budget,
     CanvasConfig,
-    DataConfig,
     Element,
     Packable,
     Packer,
@@ -34,7 +32,6 @@ from loom_jax.data import (
 from loom_jax.document import (
     LOOM_TOKENS,
     EncodedSegment,
-    Encoder,
     ImageTokens,
     ImageTransform,
     Role,
@@ -42,7 +39,10 @@ from loom_jax.document import (
     TextTokens,
     Tokenizer,
     lay_out,
+    make_encoder,
 )
+
+RECIPE = Path(__file__).parents[1] / "configs" / "tiny.py"
 
 VAE, VIT = ImageTransform(1024, 512, 16), ImageTransform(980, 378, 14, 2_007_040)
 STRIDE, PATCH = 16, 14
@@ -120,29 +120,24 @@ def measure(budget: Budget, num_rows: int, look_ahead: float, batches: int) -> s
 
 
 def tiny(batches: int) -> str:
-    """Packs the tiny data, pixels and all, and returns one line about it."""
-    folder = Path(__file__).parents[1] / "tests" / "assets" / "bagel_tiny"
-    tokenizer = Tokenizer.from_folder(folder).with_tokens(LOOM_TOKENS)
-    encoder = Encoder(tokenizer, 16, 8, ImageTransform(128, 64, 16), ImageTransform(96, 48, 8))
-    config = from_mapping(
-        DataConfig,
-        {
-            "mixture": [{"name": name, "source": "synthetic", "recipe": name} for name in RECIPES],
-            "rows": 2,
-            "budget": {"und": 1152, "gen": 512, "vit": 768},
-            "canvases": [{"height": 128, "width": 128, "count": 24}],
-        },
-    )
-    pipeline, stats = make_pipeline(config, encoder, Tables(12, 22, 8)), []
+    """Packs the data of configs/tiny.py, pixels and all, and returns one line about it."""
+    config = read_config(read_recipe(RECIPE), [])
+    encoder = make_encoder(config.model, Tokenizer.of_bytes().with_tokens(LOOM_TOKENS))
+    pipeline, stats = make_pipeline(config.data, encoder, Tables.of(config.model)), []
     next(pipeline)
     before, start = pipeline.stats["rows"], time.perf_counter()
     for _ in range(batches):
         next(pipeline)
         stats.append([pipeline.stats[f"fill/{name}"] for name in ("und", "gen", "vit")])
-    rate = (pipeline.stats["rows"] - before) / (time.perf_counter() - start)
+    took = time.perf_counter() - start
+    rows, bad = pipeline.stats["rows"], pipeline.stats["bad_rows"]
+    rate = (rows - before) / took
     pipeline.close()
     und, gen, vit = np.mean(stats, axis=0)
-    return f"tiny data: und {und:.1%}  gen {gen:.1%}  vit pool {vit:.1%}  {rate:.0f} rows/s with one process"
+    return (
+        f"tiny data: und {und:.1%}  gen {gen:.1%}  vit pool {vit:.1%}  bad rows {bad:.0f}/{rows:.0f}  "
+        f"{rate:.0f} rows/s with one process"
+    )
 
 
 def main() -> None:

@@ -71,13 +71,15 @@ MODEL = {
 
 
 def configure(smoke: bool) -> TrainConfig:
-    """The tiny recipe with a wider decoder, and longer rows unless it must be quick."""
-    budget = {"und": 1024, "gen": 768, "vit": 640} if smoke else {"und": 2048, "gen": 2048, "vit": 1280}
-    canvases = [{"height": 128, "width": 128, "count": budget["gen"] // 40}]
+    """The tiny recipe with a wider decoder, longer rows, and so much text to image that both streams are as long."""
+    budget = {"und": 1024, "gen": 768, "vit": 640} if smoke else {"und": 2048, "gen": 1536, "vit": 1280}
+    recipe = read_recipe(RECIPE)
+    longer = budget["gen"] / recipe["data"]["budget"]["gen"]
+    canvases = [{**canvas, "count": round(canvas["count"] * longer)} for canvas in recipe["data"]["canvases"]]
     overrides = [f"model.decoder.{name}={value}" for name, value in MODEL.items()]
     overrides += ["model.decoder.num_layers=2"] if smoke else []
     overrides += [f"data.budget={budget}", f"data.canvases={canvases}", "data.rows=1", "data.look_ahead=4.0"]
-    return read_config(read_recipe(RECIPE), [*overrides, "remat=none"])
+    return read_config(recipe, [*overrides, "data.mixture.0.weight=16.0", "remat=none"])
 
 
 def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -64,7 +64,10 @@ def get_config() -> ml_collections.ConfigDict:
             for recipe, weight in (("t2i", 2.0), ("edit", 1.0), ("vlm", 1.0), ("tutorial", 1.0))
         ],
         "rows": 2,
-        "budget": {"und": 1024, "gen": 384, "vit": 768},
-        "canvases": [{"height": 128, "width": 128, "count": 8}, {"height": 192, "width": 192, "count": 2}],
+        "budget": {"und": 1216, "gen": 384, "vit": 640},
+        "canvases": [
+            {"height": height, "width": width, "count": count}
+            for height, width, count in ((128, 128, 6), (96, 192, 3), (192, 96, 3))
+        ],
     }
     return config

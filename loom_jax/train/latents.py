@@ -7,44 +7,39 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from loom_jax.data import Canvas, TrainBatch
+from loom_jax.document import NO_TOKEN
 from loom_jax.models import Autoencoder
 
 
 def clean_latents(vae: Autoencoder, batch: TrainBatch, patch: int, key: jax.Array) -> jax.Array:
-    """Returns the clean latent of every gen token, float32 [B, G, C], zero for filler. Posteriors are sampled.
+    """Returns the clean latent of every gen token, float32 [B, G, C], zero for filler.
 
-    An image is encoded as if it stood alone, whatever canvas it lies on.
+    An image is encoded as if it stood alone, whatever canvas it lies on. Every token draws from its posterior on its own:
+    the noisy and the clean copy of a picture share a canvas, but no sample. Source: spec section 6.
     """
+    used = (batch.batch.latents.image != NO_TOKEN)[..., None]
     if batch.moments is not None:
-        return sample_moments(vae, batch.moments, key)
-    pools = [
-        encode_canvas(vae, canvas, patch, jax.random.fold_in(key, number))
-        for number, canvas in enumerate(batch.canvases)
-    ]
-    index = batch.latent_index
-    if not pools:
-        return jnp.zeros((*index.shape, patch**2 * vae.config.z_channels), jnp.float32)
-    pool = jax.lax.stop_gradient(jnp.concatenate(pools, axis=1))
-    taken = jnp.take_along_axis(pool, jnp.maximum(index, 0)[..., None], axis=1)
-    return jnp.where((index >= 0)[..., None], taken, 0.0)
+        moments = batch.moments
+    elif batch.canvases:
+        pool = jnp.concatenate([encode_canvas(vae, canvas, patch) for canvas in batch.canvases], axis=1)
+        moments = jnp.take_along_axis(pool, jnp.maximum(batch.latent_index, 0)[..., None], axis=1)
+    else:
+        return jnp.zeros((*batch.latent_index.shape, patch**2 * vae.config.z_channels), jnp.float32)
+    return jnp.where(used, sample_moments(vae, jax.lax.stop_gradient(moments), key), 0.0)
 
 
-def encode_canvas(vae: Autoencoder, canvas: Canvas, patch: int, key: jax.Array) -> jax.Array:
-    """Returns the latent tokens of canvases [B, N, H, W, 3], row-major over each whole canvas: [B, N h w, C].
+def encode_canvas(vae: Autoencoder, canvas: Canvas, patch: int) -> jax.Array:
+    """Returns the moments of latent tokens of canvases [B, N, H, W, 3], row-major over each canvas: [B, N h w, 2C].
 
     The places of a row are encoded one after the other: all at once would take some GiB each at full size.
     """
-    rows, places, height, width = canvas.pixels.shape[:4]
-    down = vae.config.downsample
-    shape = (places, rows, height // down, width // down, vae.config.z_channels)
-    noise = jax.random.normal(key, shape, jnp.float32)
 
-    def encode(place: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        pixels, sizes, noise = place
-        return vae.sample(vae.encode(to_unit(pixels), sizes), noise, sizes)
+    def encode(place: tuple[jax.Array, jax.Array]) -> jax.Array:
+        pixels, sizes = place
+        return jnp.stack(vae.encode(to_unit(pixels), sizes), axis=-2)
 
-    latents = jax.lax.map(encode, (jnp.swapaxes(canvas.pixels, 0, 1), jnp.swapaxes(canvas.sizes, 0, 1), noise))
-    return rearrange(latents, "n b (h p) (w q) c -> b (n h w) (p q c)", p=patch, q=patch)
+    moments = jax.lax.map(encode, (jnp.swapaxes(canvas.pixels, 0, 1), jnp.swapaxes(canvas.sizes, 0, 1)))
+    return rearrange(moments, "n b (h p) (w q) k c -> b (n h w) (k p q c)", p=patch, q=patch)
 
 
 def to_unit(pixels: jax.Array) -> jax.Array:
@@ -55,7 +50,7 @@ def to_unit(pixels: jax.Array) -> jax.Array:
 
 
 def sample_moments(vae: Autoencoder, moments: jax.Array, key: jax.Array) -> jax.Array:
-    """Samples stored moments [B, G, 2C]: means of a token, then its log variances, as `loom data encode` wrote them."""
+    """Samples moments [B, G, 2C]: means of a token, then its log variances, as `encode_canvas` and stored rows hold them."""
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     noise = jax.random.normal(key, mean.shape, jnp.float32)
     return vae.config.scale_factor * (mean + jnp.exp(logvar / 2) * noise - vae.config.shift_factor)
