@@ -14,8 +14,8 @@ from loom_jax.models import Autoencoder
 def clean_latents(vae: Autoencoder, batch: TrainBatch, patch: int, key: jax.Array) -> jax.Array:
     """Returns the clean latent of every gen token, float32 [B, G, C], zero for filler.
 
-    An image is encoded as if it stood alone, whatever canvas it lies on. Every token draws from its posterior on its own:
-    the noisy and the clean copy of a picture share a canvas, but no sample. Source: spec section 6.
+    An image is encoded as if it stood alone, whatever canvas it lies on. Every token draws from its posterior: the
+    noisy and the clean copy of a picture share a canvas, but no sample. Source: spec section 6.
     """
     used = (batch.batch.latents.image != NO_TOKEN)[..., None]
     if batch.moments is not None:
@@ -50,7 +50,7 @@ def to_unit(pixels: jax.Array) -> jax.Array:
 
 
 def sample_moments(vae: Autoencoder, moments: jax.Array, key: jax.Array) -> jax.Array:
-    """Samples moments [B, G, 2C]: means of a token, then its log variances, as `encode_canvas` and stored rows hold them."""
+    """Samples moments [B, G, 2C]: means of a token, then its log variances, as `encode_canvas` gives them."""
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     noise = jax.random.normal(key, mean.shape, jnp.float32)
     return vae.config.scale_factor * (mean + jnp.exp(logvar / 2) * noise - vae.config.shift_factor)
