@@ -39,6 +39,7 @@ CHECKS: dict[str, Callable[[Records, Port], Checked]] = {
     "gen_text.npz": generation.check_gen_text,
     "gen_image.npz": generation.check_gen_image,
     "gen_image_cases.json": generation.check_gen_image_cases,
+    "taylor.npz": generation.check_taylor,
     "pipeline.npz": generation.check_pipeline,
     "pipeline.json": generation.check_pipeline_json,
     "checks.json": generation.check_checks,
@@ -51,14 +52,13 @@ TOLERANCES = {
     "train_grads.npz": MANY_STEPS,
     "optim.npz": MANY_STEPS,
     "gen_image.npz": MANY_STEPS,
+    "taylor.npz": MANY_STEPS,
     "pipeline.npz": MANY_STEPS,
 }
 """Tolerances other than that of a single forward pass."""
 
 EXCUSED = {
     "loom.json/understanding_with_image": "the published program cannot understand pictures, this one can",
-    "taylor.npz/*": "TaylorSeer comes with accelerated sampling",
-    "checks.json/taylor_*": "TaylorSeer comes with accelerated sampling",
     "checks.json/pipeline_*_min_margin": "how close the original's own choices were; the texts chosen are compared",
     "checks.json/flex_vs_dense_max_abs": "the original's two paths against each other; both are compared with ours",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +28,14 @@ from loom_jax.generate import (
     TextSettings,
     branch_segments,
     branch_velocity,
+    count_branches,
+    extrapolate,
+    forecast_velocity,
     guidance_is_active,
     guide,
     make_guidance,
+    since_full,
+    start_forecast,
 )
 from loom_jax.nn import denoising_schedule
 
@@ -290,6 +296,79 @@ def check_gen_image_cases(records: Records, port: Port) -> Checked:
     return out
 
 
+TAYLOR_CASES: dict[str, dict[str, Any]] = {
+    "edit": {},
+    "nocfg": {"cfg_text_scale": 1.0, "cfg_img_scale": 1.0},
+    "late": {"cfg_interval": (0.2, 0.9)},
+}
+"""What the recorded runs with TaylorSeer differ in."""
+
+
+def taylor_settings(case: str) -> ImageSettings:
+    """Returns the settings of a recorded run with TaylorSeer."""
+    return ImageSettings(**({"num_timesteps": 20, "cfg_img_scale": 2.0, "taylorseer": True} | TAYLOR_CASES[case]))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "branches", "renorm"))
+def _trace_forecast(
+    graphdef: Any,
+    params: Any,
+    contexts: Any,
+    streams: Any,
+    x: Any,
+    schedule: Any,
+    guidance: Guidance,
+    branches: int,
+    renorm: Any,
+) -> Any:
+    """Denoises one request with TaylorSeer: of each step the velocity, the conditional one, and which branches of it
+    were evaluated and ran the layers, bool [steps, R]."""
+    model = nnx.merge(graphdef, params)
+    velocity = forecast_velocity(model, contexts, streams, guidance, branches, renorm)
+
+    def step(carry: Any, times: jax.Array) -> tuple[Any, Any]:
+        x, before = carry
+        v, after = velocity(x, times[0], before)
+        hidden = extrapolate(after.factors[:, 0], since_full(before.counts[0]).astype(jnp.float32))
+        advanced = jnp.repeat(
+            after.counts - before.counts, jnp.asarray([1, branches - 1]), total_repeat_length=branches
+        )
+        ran = (after.factors[0] != before.factors[0]).any((1, 2))
+        conditional = model.velocity(model.decoder.norm.gen(hidden))
+        return (x - v * (times[0] - times[1]), after), (v[0], conditional, advanced > 0, ran)
+
+    start = start_forecast(branches, x.shape[1], model.config.decoder.hidden_size)
+    return jax.lax.scan(step, (x, start), jnp.stack([schedule[:-1], schedule[1:]], axis=1))[1]
+
+
+@functools.cache
+def check_taylor(records: Records, port: Port) -> Checked:
+    """TaylorSeer: velocities and kinds of all steps, and the latents that the compiled loop makes with and without."""
+    graphdef, params = nnx.split(port.model)
+    source = picture_sources(records, port)["edit"]
+    noise = records.arrays("gen_image")["edit_init_noise"]
+    made, out = generator(port, RecordedNoise(initial=noise)), Checked()
+    for name in TAYLOR_CASES:
+        settings = taylor_settings(name)
+        branches = count_branches(settings, pictures=True)
+        schedule = denoising_schedule(settings.num_timesteps, settings.timestep_shift)
+        guidance = make_guidance(settings, [settings.cfg_img_scale])
+        read = made.read(branch_segments(source, None)[:branches], (source.latents, source.latents, ())[:branches])
+        query = ImageTokens("noisy", tuple(side // port.config.latent_stride for side in source.size))
+        rows = [[Packable([query], lay_out([query], port.encoder.special, end))] for end in read.ends]
+        work = read.context, pack(rows, Budget(2, len(noise), 0), port.tables).streams
+        v, v_cond, advanced, ran = _trace_forecast(
+            graphdef, params, *work, noise[None], schedule, guidance, branches=branches, renorm=settings.cfg_renorm_type
+        )
+        for row, branch in enumerate(BRANCHES[:branches]):
+            out.computed[f"{name}_types_{branch}"] = np.asarray(ran)[np.asarray(advanced)[:, row], row].astype(np.int32)
+        exact = dataclasses.replace(settings, taylorseer=False)
+        latent, exact_latent = (made.draw([source], [None], s)[0] for s in (settings, exact))
+        arrays = {"v": v, "v_cond": v_cond, "latent": latent, "latent_exact": exact_latent}
+        out.computed |= {f"{name}_{key}": value for key, value in arrays.items()}
+    return out
+
+
 def run_pipeline(records: Records, port: Port) -> dict[str, Any]:
     """Returns the result of every recorded request."""
     results = {}
@@ -339,7 +418,8 @@ def check_pipeline_json(records: Records, port: Port) -> Checked:
 
 
 def check_checks(records: Records, port: Port) -> Checked:
-    """Diagnostics of the original that can be recomputed: greedy texts, and how close their choices were."""
+    """Diagnostics of the original that can be recomputed: greedy texts, how close their choices were, and how far
+    TaylorSeer leads away."""
     recorded, out = records.json("checks"), Checked()
     sources: dict[str, tuple[list[EncodedSegment], str | None]] = {
         f"gen_text_{name}": (segments, None) for name, segments in text_cases(records, port).items()
@@ -356,6 +436,11 @@ def check_checks(records: Records, port: Port) -> Checked:
             "text": port.encoder.tokenizer.decode(chosen),
             "min_margin": _near((best[:, -1] - best[:, -2]).min(), recorded[name]["min_margin"]),
         }
+    taylor = check_taylor(records, port).computed
+    for case in TAYLOR_CASES:
+        name, exact = f"taylor_{case}_rel_diff_to_exact", taylor[f"{case}_latent_exact"]
+        difference = np.linalg.norm(taylor[f"{case}_latent"] - exact) / np.linalg.norm(exact)
+        out.computed[name] = _near(float(difference), recorded[name])
     return out
 
 

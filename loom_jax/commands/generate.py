@@ -54,6 +54,7 @@ def _parser() -> ArgumentParser:
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide while LO < t <= HI [0.4 1; edit 0 1]")
     add("--cfg-renorm", choices=("global", "channel", "text_channel"), help="[global; edit text_channel]")
     add("--cfg-renorm-min", type=float, metavar="M", help="least factor of the renormalisation [0]")
+    add("--taylorseer", action="store_true", help="predict most steps from earlier ones: faster, a little different")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer or thought [512]")
     add("--temperature", type=float, default=0.0, help="of text; 0 takes the most likely token [0]")
     add("--top-p", type=float, default=1.0, help="draw text from the likeliest tokens that add up to this [1]")
@@ -169,6 +170,7 @@ def read_settings(args: argparse.Namespace, defaults: ImageSettings) -> ImageSet
         "cfg_interval": None if args.cfg_interval is None else tuple(args.cfg_interval),
         "cfg_renorm_type": args.cfg_renorm,
         "cfg_renorm_min": args.cfg_renorm_min,
+        "taylorseer": args.taylorseer or None,
     }
     return dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
 

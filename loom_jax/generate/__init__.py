@@ -2,7 +2,7 @@
 
 from loom_jax.generate.buckets import bucket, canvas_side
 from loom_jax.generate.context import Context, empty_context, extend_context, start_context, take_rows
-from loom_jax.generate.denoise import branch_velocity, denoise, guided_velocity
+from loom_jax.generate.denoise import Velocity, branch_velocity, decode_latents, denoise, guided_velocity
 from loom_jax.generate.engine import Denoising, Engine
 from loom_jax.generate.gallery import GALLERY, render_gallery, write_gallery
 from loom_jax.generate.generator import Generator, Source, branch_segments
@@ -30,6 +30,7 @@ from loom_jax.generate.requests import (
     TextSettings,
 )
 from loom_jax.generate.saved import RECORD, Refused, SavedWork, write_whole
+from loom_jax.generate.taylor import Forecast, extrapolate, forecast_velocity, is_full, since_full, start_forecast
 from loom_jax.generate.text import DecodedText, TextControls, choose_tokens, decode_text, keep_top_p
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Done",
     "Engine",
     "Event",
+    "Forecast",
     "FrameMade",
     "Generator",
     "Guidance",
@@ -66,24 +68,31 @@ __all__ = [
     "TextControls",
     "TextSettings",
     "TurnStarted",
+    "Velocity",
     "branch_segments",
     "branch_velocity",
     "bucket",
     "canvas_side",
     "choose_tokens",
     "count_branches",
+    "decode_latents",
     "decode_text",
     "denoise",
     "empty_context",
     "extend_context",
+    "extrapolate",
+    "forecast_velocity",
     "guidance_is_active",
     "guide",
     "guided_velocity",
     "interleave",
+    "is_full",
     "keep_top_p",
     "make_guidance",
     "render_gallery",
+    "since_full",
     "start_context",
+    "start_forecast",
     "take_rows",
     "text_room",
     "write_gallery",

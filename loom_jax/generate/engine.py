@@ -16,6 +16,7 @@ from loom_jax.generate.buckets import canvas_side
 from loom_jax.generate.context import BACKEND, Context, extend_context, start_context
 from loom_jax.generate.denoise import denoise, guided_velocity
 from loom_jax.generate.guidance import Guidance, RenormType
+from loom_jax.generate.taylor import Forecast, forecast_velocity, start_forecast
 from loom_jax.generate.text import DecodedText, TextControls, decode_text
 from loom_jax.models import Autoencoder, Backend, LoomModel, to_uint8
 
@@ -66,12 +67,16 @@ class Engine:
             model = nnx.merge(graphdef, params)
             return decode_text(model, context, keys, controls, limit, special, vocabulary, buffer, backend)
 
+        def forecast(rows: int, cells: int) -> Forecast:
+            return start_forecast(rows, cells, model.config.decoder.hidden_size, backend)
+
         def steps(
-            params: Any, work: Denoising, x: Any, first: Any, last: Any, branches: int, renorm: RenormType
+            params: Any, work: Denoising, x: Any, memory: Any, first: Any, last: Any, branches: int, renorm: RenormType
         ) -> Any:
+            make = forecast_velocity if isinstance(memory, Forecast) else guided_velocity
             model = nnx.merge(graphdef, params)
-            velocity = guided_velocity(model, work.contexts, work.streams, work.guidance, branches, renorm, backend)
-            return denoise(velocity, x, work.schedule, first, last)
+            velocity = make(model, work.contexts, work.streams, work.guidance, branches, renorm, backend)
+            return denoise(velocity, x, memory, work.schedule, first, last)
 
         def encode(params: Any, pixels: Any, sizes: Any, noise: Any) -> jax.Array:
             vae = nnx.merge(vae_graphdef, params)
@@ -83,7 +88,8 @@ class Engine:
         self._start = jax.jit(start, static_argnames="capacity")
         self._extend = jax.jit(extend)
         self._text = jax.jit(text, static_argnames="buffer")
-        self._steps = jax.jit(steps, static_argnames=("branches", "renorm"))
+        self._forecast = jax.jit(forecast, static_argnums=(0, 1))
+        self._steps = jax.jit(steps, static_argnames=("branches", "renorm"), donate_argnames="memory")
         self._encode = jax.jit(encode)
         self._decode = jax.jit(decode)
 
@@ -101,6 +107,7 @@ class Engine:
             "start": self._start,
             "extend": self._extend,
             "text": self._text,
+            "forecast": self._forecast,
             "steps": self._steps,
             "encode": self._encode,
             "decode": self._decode,
@@ -126,24 +133,39 @@ class Engine:
         return self._text(self._params, context, keys, controls, np.int32(max_new_tokens), buffer=buffer)
 
     def denoise(
-        self, work: Denoising, x: np.ndarray, num_steps: int, branches: int, renorm: RenormType, chunks: int = 1
+        self,
+        work: Denoising,
+        x: np.ndarray,
+        num_steps: int,
+        branches: int,
+        renorm: RenormType,
+        chunks: int = 1,
+        taylorseer: bool = False,
     ) -> Iterator[tuple[int, jax.Array]]:
         """Denoises x [B, G, C] over `num_steps` steps, in about `chunks` parts; yields (steps done, state) after each.
 
-        The number of parts changes neither the result nor what is compiled.
+        The number of parts changes neither the result nor what is compiled. `taylorseer` predicts most steps instead of
+        computing them, see `forecast_velocity`.
         """
-        state = jnp.asarray(x)
+        work, state = jax.device_put((work, x))  # once: the parts share it
+        memory = self._memory(work, x, taylorseer)
         chunk = -(-num_steps // chunks)
         for first in range(0, num_steps, chunk):
             last = min(first + chunk, num_steps)
-            span = np.int32(first), np.int32(last)
-            state = self._steps(self._params, work, state, *span, branches=branches, renorm=renorm)
+            span = jax.device_put((np.int32(first), np.int32(last)))
+            state, memory = self._steps(self._params, work, state, memory, *span, branches=branches, renorm=renorm)
             yield last, state
+
+    def _memory(self, work: Denoising, x: np.ndarray, taylorseer: bool) -> Any:
+        """What the velocity remembers before the first step."""
+        if not taylorseer:
+            return ()
+        return self._forecast(work.contexts.length.shape[0], x.shape[1])
 
     def lower_denoising(self, work: Denoising, x: Any, branches: int, renorm: RenormType = "global") -> Any:
         """Returns the denoising loop as `jax.stages.Lowered`, for shapes in place of arrays: for plans."""
         span = (jax.ShapeDtypeStruct((), jnp.int32),) * 2
-        return self._steps.lower(self._params, work, x, *span, branches=branches, renorm=renorm)
+        return self._steps.lower(self._params, work, x, (), *span, branches=branches, renorm=renorm)
 
     def encode_image(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Returns the latents [h, w, C] of one image [H, W, 3] in [-1, 1], encoded as if alone; `noise` [h, w, C]."""

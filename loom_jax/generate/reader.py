@@ -214,7 +214,7 @@ class Reader:
         guidance, schedule = make_guidance(settings, scales), jnp.asarray(_padded_schedule(settings))
         work = Denoising(read.context, batch.streams, guidance, schedule)
         steps, renorm = settings.num_timesteps - 1, settings.cfg_renorm_type
-        for done, state in self.engine.denoise(work, noise, steps, branches, renorm, chunks):
+        for done, state in self.engine.denoise(work, noise, steps, branches, renorm, chunks, settings.taylorseer):
             latents = np.asarray(state)
             yield done, [latents[row, :count] for row, count in enumerate(cells)]
 

@@ -1,6 +1,7 @@
 """The networks, one file each. They know no mesh: `constrain` and `attend` are handed in."""
 
 from loom_jax.models.autoencoder import Autoencoder, to_uint8
+from loom_jax.models.capture import Capture, Captured
 from loom_jax.models.load import LoadedModel, load_folder
 from loom_jax.models.loom import LoomModel
 from loom_jax.models.lora import add_lora, merge_lora
@@ -10,6 +11,8 @@ from loom_jax.models.siglip import Siglip
 __all__ = [
     "Autoencoder",
     "Backend",
+    "Capture",
+    "Captured",
     "Constrain",
     "Decoded",
     "Decoder",

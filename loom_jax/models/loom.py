@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from loom_jax.core import LoomConfig
 from loom_jax.data import Streams
 from loom_jax.document import NO_TOKEN
+from loom_jax.models.capture import Capture
 from loom_jax.models.mot import Constrain, Decoded, Decoder, Past, detach, unconstrained
 from loom_jax.models.siglip import Siglip
 from loom_jax.nn import Attend, PositionTable, TimestepEmbedder, dense_attention
@@ -94,6 +95,7 @@ class LoomModel(nnx.Module):
         freeze_und: bool = False,
         return_kv: bool = False,
         return_layers: bool = False,
+        capture: Capture | None = None,
     ) -> Decoded:
         """Runs the transformer on packed streams, after `past` if given.
 
@@ -103,6 +105,7 @@ class LoomModel(nnx.Module):
           timesteps: float32 [B, G] or [B, 1] in [0, 1].
           freeze_und: cuts the gradients of all und activations.
           remat: what the layers of the ViT and the decoder keep for the backward pass, a key of REMAT_POLICIES.
+          return_kv, return_layers, capture: what else is returned, see Decoded.
         """
         und = detach(self.embed_und(streams, attend, remat), freeze_und)
         und = constrain(und, ("batch", "length", "embed"))
@@ -119,6 +122,7 @@ class LoomModel(nnx.Module):
             freeze_und=freeze_und,
             return_kv=return_kv,
             return_layers=return_layers,
+            capture=capture,
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:

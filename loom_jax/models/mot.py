@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from loom_jax.core import DecoderConfig
 from loom_jax.document import TokenLayout
+from loom_jax.models.capture import Capture, Captured, Watched, layer_slots, no_captures
 from loom_jax.nn import (
     Attend,
     Projection,
@@ -56,14 +57,17 @@ class Past(NamedTuple):
 class Decoded(NamedTuple):
     """What the decoder returns: hidden states after the final norms, und [B, U, D] and gen [B, G, D].
 
-    `kv` holds keys and values [L, B, U + G, K, A] of the new tokens if asked for, `layers` the output of every layer
-    as ([L, B, U, D], [L, B, G, D]) if asked for; else None.
+    `residual` holds both as they were before those norms, `kv` keys and values [L, B, U + G, K, A] of the new tokens
+    if asked for, `layers` the output of every layer as ([L, B, U, D], [L, B, G, D]) if asked for, `captured` what a
+    Capture asks for; else None.
     """
 
     und: jax.Array
     gen: jax.Array
+    residual: tuple[jax.Array, jax.Array]
     kv: KeysValues | None
     layers: tuple[jax.Array, jax.Array] | None
+    captured: Captured | None
 
 
 def detach(x: Any, und: bool) -> Any:
@@ -192,21 +196,40 @@ class Decoder(nnx.Module):
         freeze_und: bool = False,
         return_kv: bool = False,
         return_layers: bool = False,
+        capture: Capture | None = None,
     ) -> Decoded:
-        """und [B, U, D], gen [B, G, D] -> hidden states; see Decoded. Layouts [B, U] and [B, G]."""
+        """und [B, U, D], gen [B, G, D] -> hidden states; see Decoded. Layouts [B, U] and [B, G].
+
+        Raises:
+          ConfigError: `remat` is not known, or `capture` names a layer that is not there.
+        """
         head_dim, theta = self.config.head_dim, self.config.rope_theta
         ropes = (rope_tables(und_layout.position, head_dim, theta), rope_tables(gen_layout.position, head_dim, theta))
         layout = concatenate_layouts(und_layout, gen_layout)
 
-        def apply(layer: MoTLayer, streams: Any, layer_kv: KeysValues | None) -> tuple[Any, Any]:
-            layer_past = None if layer_kv is None or past is None else Past(layer_kv, past.layout)
-            streams, kv = layer(streams, ropes, layout, layer_past, attend, constrain, freeze_und)
-            return streams, (kv if return_kv else None, streams if return_layers else None)
+        slots, captured = None, None
+        if capture is not None:
+            slots = layer_slots(capture, self.config.num_layers)
+            captured = no_captures(
+                capture, self.config.num_heads, (und, gen), 0 if past is None else past.kv.k.shape[2]
+            )
 
-        streams, (kv, layers) = scan_layers(
-            self.layers, apply, (und, gen), None if past is None else past.kv, remat=remat
+        def apply(layer: MoTLayer, carry: Any, scanned: Any) -> tuple[Any, Any]:
+            (streams, captured), (layer_kv, slots) = carry, scanned
+            layer_past = None if layer_kv is None or past is None else Past(layer_kv, past.layout)
+            watched = None if captured is None else Watched(attend, captured, slots)
+            streams, kv = layer(streams, ropes, layout, layer_past, watched or attend, constrain, freeze_und)
+            if watched is not None:
+                watched.keep_hidden(streams)
+                captured = watched.captured
+            return (streams, captured), (kv if return_kv else None, streams if return_layers else None)
+
+        scanned = (None if past is None else past.kv, slots)
+        (streams, captured), (kv, layers) = scan_layers(
+            self.layers, apply, ((und, gen), captured), scanned, remat=remat
         )
-        return Decoded(detach(self.norm.und(streams[0]), freeze_und), self.norm.gen(streams[1]), kv, layers)
+        normed = detach(self.norm.und(streams[0]), freeze_und), self.norm.gen(streams[1])
+        return Decoded(*normed, streams, kv, layers, captured)
 
 
 def concatenate_layouts(first: TokenLayout, second: TokenLayout) -> TokenLayout:

@@ -3,6 +3,7 @@
 from loom_jax.nn.attention import (
     ATTENTION_OUTPUT,
     Attend,
+    attention_weights,
     auto_attention,
     blockwise_attention,
     dense_attention,
@@ -32,6 +33,7 @@ __all__ = [
     "Purpose",
     "TimestepEmbedder",
     "apply_rope",
+    "attention_weights",
     "auto_attention",
     "blockwise_attention",
     "choose_attention",

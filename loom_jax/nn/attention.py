@@ -33,6 +33,14 @@ def dense_attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
+def attention_weights(q: jax.Array, k: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout) -> jax.Array:
+    """Returns the weights themselves, float32 [B, H, Q, N]: to look at them. Rows of padding are 0."""
+    mask = may_attend(q_layout, k_layout)
+    logits = _logits(_grouped(q, k.shape[2]), k, mask)
+    weights = jnp.where(mask[:, None, None], jax.nn.softmax(logits, axis=-1), 0.0)
+    return weights.reshape(q.shape[0], q.shape[2], *weights.shape[-2:])
+
+
 def blockwise_attention(
     q: jax.Array,
     k: jax.Array,
