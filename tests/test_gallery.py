@@ -151,6 +151,13 @@ def test_a_picture_that_is_gone_leaves_its_place(tmp_path):
     assert "not readable" in render_gallery(work)
 
 
+def test_a_wrong_number_of_entity_tokens_leaves_the_page_whole(tmp_path):
+    request = InterleavedRequest("x", "style", (tiny.picture(9, 9),), ("<style>", "<model>"))
+    work = SavedWork.create(tmp_path, [request], {})
+    work.take(RequestFailed(0, "2 entity tokens for 1 pictures"), 0)
+    assert "2 entity tokens for 1 pictures" in render_gallery(work)
+
+
 def test_it_is_written_whole_with_half_characters_replaced(work):
     path = write_gallery(work)
     assert path.name == "gallery.html" and "broken ?" in path.read_text(encoding="utf-8")

@@ -85,6 +85,7 @@ def test_a_policy_is_read_as_it_is_written(policy):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (f"last({'9' * 5000})", "expected a name such as all"),
         ("uniform(-1)", r"uniform\(-1\): k must be at least 0"),
         ("sometimes", "'sometimes' is not one of none, all, last, uniform, random"),
         ("uniform", r"expected uniform\(k\)"),

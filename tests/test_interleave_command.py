@@ -202,6 +202,32 @@ def test_a_turn_is_made_again_with_all_that_follows(checkpoint, finished, tmp_pa
     assert pictures(out) == before  # the old seed gives the old frames
 
 
+def test_a_lost_picture_is_made_again_from_the_command_line(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    (out / "request_0/turn_3.png").unlink()
+    assert loom("--resume", out) == 0
+    assert pictures(out) == pictures(finished)
+
+
+def test_previews_are_saved_and_told_while_a_turn_is_made_again(finished, tmp_path, capsys):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    assert loom("--resume", out, "--redo-turn", 3, "--request", 0, "--seed", 7, "--previews", 1) == 0
+    assert PILImage.open(out / "request_0/previews/turn_3_step_1.png").size == (24, 24)
+    told = capsys.readouterr()
+    assert "request 0: turn 3: 1 of 2 steps" in told.err and "previews/turn_3_step_1.png" in told.out
+
+
+@pytest.mark.parametrize("change", ["image_settings", "text_settings", "checkpoint", "dtype", "attention"])
+def test_work_without_its_settings_is_refused(change, finished, tmp_path, capsys):
+    made = record(finished)
+    del made[change]
+    (tmp_path / "result.json").write_text(json.dumps(made))
+    assert loom("--resume", tmp_path) == 2
+    assert f"lacks settings of the run, or has other ones ('{change}')" in capsys.readouterr().err
+
+
 BAD_USAGE = {
     "no checkpoint": (("--task", "tutorial", "--prompt", "x"), "--checkpoint is required"),
     "no prompt": (("--checkpoint", "C", "--task", "tutorial"), "--prompt is required"),
@@ -233,6 +259,10 @@ BAD_USAGE = {
     ),
     "redo without seed": (("--resume", "F", "--redo-turn", "1"), "--redo-turn and --seed go together"),
     "seed without redo": (("--resume", "F", "--seed", "1"), "--redo-turn and --seed go together"),
+    "request without redo": (("--resume", "F", "--request", "0"), "--redo-turn as well"),
+    "no such request": (("--resume", "F", "--redo-turn", "1", "--seed", "1", "--request", "4"), "request 4: there is"),
+    "previews": (("--checkpoint", "C", "--task", "tutorial", "--prompt", "x", "--previews", "-1"), "--previews -1"),
+    "previews of an image": (("--checkpoint", "C", "--prompt", "x", "--previews", "1"), "--previews belongs to"),
     "no such turn": (("--resume", "F", "--redo-turn", "9", "--seed", "1"), "turn 9: no request has it"),
 }
 

@@ -213,10 +213,53 @@ def test_unfinished_work_is_not_written_over_and_finished_work_is(tmp_path):
     begin(tmp_path)
 
 
-def test_previews_are_not_saved(tmp_path):
+def test_previews_lie_beside_the_frames_and_not_in_the_record(tmp_path):
     work = begin(tmp_path)
-    assert work.take(Preview(0, 1, 1, 3, tiny.picture(9, 9)), 0) is None
-    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["condition_0.png", "condition_0.png"]
+    before = (tmp_path / RECORD).read_bytes()
+    path = work.take(Preview(0, 1, 2, 3, tiny.picture(9, 9)), 0)
+    assert path == tmp_path / "request_0/previews/turn_1_step_2.png" and path.exists()
+    assert (tmp_path / RECORD).read_bytes() == before
+    replay(work)
+    begin(tmp_path)  # new work in the place of the old one
+    assert not path.exists()
+
+
+def test_a_turn_of_one_request_alone_is_made_again(tmp_path):
+    work = replay(begin(tmp_path))
+    work.redo(1, seed=7, request=2)
+    assert [len(entry["frames"]) for entry in work.results] == [3, 0, 0, 0]
+    for request, message in ((4, "they have the numbers 0 to 3"), (-1, "request -1"), (3, "request 3 has 0, and fail")):
+        with pytest.raises(InputError, match=message):
+            work.redo(1, seed=7, request=request)
+
+
+CHANGES = {
+    "steps": lambda entry: entry.update(steps=None),
+    "frames": lambda entry: entry.update(frames=[1]),
+    "task": lambda entry: entry.update(task="dance"),
+    "seeds": lambda entry: entry.update(seeds={"x": 1}),
+    "seed": lambda entry: entry.pop("seed"),
+    "size": lambda entry: entry.update(size=[True, 24]),
+    "number": lambda entry: entry.update(number=5),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_record_with_a_damaged_field_is_refused_by_its_name(tmp_path, name):
+    work = replay(begin(tmp_path))
+    CHANGES[name](work.results[0])
+    work.write()
+    with pytest.raises(InputError, match=f"no valid '{name}'" if name != "number" else "is not request 0") as caught:
+        SavedWork.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_names_no_picture_outside_its_folder(tmp_path):
+    work = replay(begin(tmp_path))
+    work.results[0]["frames"][0]["image"] = "../elsewhere.png"
+    work.write()
+    with pytest.raises(InputError, match="no valid 'frames'"):
+        SavedWork.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +269,8 @@ def test_previews_are_not_saved(tmp_path):
         ("[]", "does not belong to interleaved work"),
         ('{"results": []}', "does not belong to interleaved work"),
         ('{"kind": "interleaved", "schema": 99}', "schema 99, this version reads 1"),
-        ('{"kind": "interleaved", "schema": 1, "results": [{}]}', "lacks fields"),
+        ('{"kind": "interleaved", "schema": 1, "results": [{}]}', "lacks its results or sessions"),
+        ('{"kind": "interleaved", "schema": 1, "sessions": [], "results": [{}]}', "results 0 is not request 0"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_one_clear_line(tmp_path, content, message):

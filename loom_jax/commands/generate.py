@@ -74,6 +74,8 @@ def _add_interleaved(parser: ArgumentParser) -> None:
     add("--requests", type=Path, metavar="FILE", help="a JSONL file: each line an object with these flags as keys")
     add("--resume", type=Path, metavar="DIR", help="go on with the unfinished requests of an earlier --out DIR")
     add("--redo-turn", type=int, metavar="K", help="with --resume: make turn K and all after it again, with --seed")
+    add("--request", type=int, metavar="N", help="with --redo-turn: of request N alone, from 0; by default of all")
+    add("--previews", type=int, default=0, metavar="N", help="save how each picture looks N times on the way [0]")
 
 
 def main(argv: list[str]) -> int:
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> int:
         return interleave.run(args, given)
     require(args, "checkpoint", "prompt")
     only = f"belongs to interleaved work: give --task {', '.join(INTERLEAVED)}, or --resume"
-    refuse(given, "plan", "num_steps", "history", "entity", "redo_turn", reason=only)
+    refuse(given, "plan", "num_steps", "history", "entity", "redo_turn", "request", "previews", reason=only)
     requests = read_requests(args)
     from loom_jax import api
     from loom_jax.generate import TASK_SETTINGS

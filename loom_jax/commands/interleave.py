@@ -16,9 +16,20 @@ from loom_jax.commands.generate import INTERLEAVED, NAME, read_settings, read_si
 from loom_jax.core import InputError
 
 if TYPE_CHECKING:
-    from loom_jax.generate import Event, Generator, InterleavedRequest, Refused, SavedWork
+    from loom_jax.generate import (
+        Done,
+        Event,
+        Generator,
+        ImageSettings,
+        InterleavedRequest,
+        Refused,
+        SavedWork,
+        TextSettings,
+    )
 
-KEPT = {"resume", "redo_turn", "seed", "checkpoint", "sharding"}
+    Todo = tuple[list[int], list[InterleavedRequest], dict[int, Done]]
+
+KEPT = {"resume", "redo_turn", "request", "seed", "checkpoint", "sharding", "previews"}
 """What may be given with --resume; everything else is as it was."""
 KEYS = {"prompt", "task", "image", "entity", "plan", "num_steps", "history", "size", "height", "width", "seed"}
 """What a line of a JSONL file may hold."""
@@ -36,10 +47,13 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
       LoomError: the results cannot be written.
     """
     refuse(given, "think", reason="belongs to the tasks image, edit and understand: here the plan is what is thought")
+    if args.previews < 0:
+        raise InputError(f"--previews {args.previews}: must be at least 0")
     work = _resume(args, given) if args.resume else _begin(args, given)
+    todo = work.requests()
     if any(entry["state"] == "running" for entry in work.results):
         try:
-            _generate(work, args.sharding)
+            _generate(work, todo, args)
         except KeyboardInterrupt:
             print(f"{NAME}: what is finished is saved: go on with --resume {work.folder}", file=sys.stderr)
             raise
@@ -58,7 +72,7 @@ def _begin(args: argparse.Namespace, given: set[str]) -> SavedWork:
     """Reads all requests, checks what they need, and makes the folder."""
     from loom_jax.generate import LOOM_SETTINGS, SavedWork, TextSettings
 
-    refuse(given, "redo_turn", reason="makes turns of earlier work again: name it with --resume DIR")
+    refuse(given, "redo_turn", "request", reason="makes turns of earlier work again: name it with --resume DIR")
     require(args, "checkpoint")
     requests: Sequence[InterleavedRequest | Refused]
     if args.requests:
@@ -88,13 +102,31 @@ def _resume(args: argparse.Namespace, given: set[str]) -> SavedWork:
     refuse(given, *sorted(given - KEPT), reason="does not go with --resume, which goes on as the work was begun")
     if ("redo_turn" in given) != ("seed" in given):
         raise InputError("--redo-turn and --seed go together: with the same seed a turn would come out as it is")
+    if "request" in given and "redo_turn" not in given:
+        raise InputError("--request says whose turn is made again: give --redo-turn as well")
     work = SavedWork.open(args.resume)
     if args.checkpoint is not None:
         work.record["checkpoint"] = str(args.checkpoint.resolve())
+    _settings(work)
     _check_checkpoint(Path(work.record["checkpoint"]))
     if args.redo_turn is not None:
-        work.redo(args.redo_turn, args.seed)
+        work.redo(args.redo_turn, args.seed, args.request)
     return work
+
+
+def _settings(work: SavedWork) -> tuple[ImageSettings, TextSettings]:
+    """Returns the settings of earlier work; raises InputError where the record lacks some or they cannot be used."""
+    from loom_jax.generate import RECORD, ImageSettings, TextSettings
+
+    run = work.record
+    try:
+        image = {**run["image_settings"], "cfg_interval": tuple(run["image_settings"]["cfg_interval"])}
+        settings = ImageSettings(**image), TextSettings(**run["text_settings"])
+        _ = Path(run["checkpoint"]), run["dtype"], run["attention"]
+    except (KeyError, TypeError) as error:
+        path = work.folder / RECORD
+        raise InputError(f"{path} lacks settings of the run, or has other ones ({error}): restore it") from error
+    return settings
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -115,26 +147,22 @@ def _check_checkpoint(path: Path) -> None:
         )
 
 
-def _generate(work: SavedWork, sharding: str) -> None:
+def _generate(work: SavedWork, todo: Todo, args: argparse.Namespace) -> None:
     """Loads the model, makes what is unfinished, and saves it as it comes."""
     from loom_jax import api
 
     started = time.perf_counter()
-    run = work.record
-    image, text = dict(run["image_settings"]), run["text_settings"]
-    image["cfg_interval"] = tuple(image["cfg_interval"])
-    generator = api.load(
-        run["checkpoint"], preset=sharding, dtype=run["dtype"], attention=run["attention"], tokens=api.LOOM_TOKENS
-    )
+    run, settings = work.record, _settings(work)
+    kinds = {"preset": args.sharding, "dtype": run["dtype"], "attention": run["attention"]}
+    generator = api.load(run["checkpoint"], **kinds, tokens=api.LOOM_TOKENS)
     loaded = time.perf_counter()
-    numbers, requests, done = work.requests()
-    settings = api.ImageSettings(**image), api.TextSettings(**text)
-    for event in api.interleave(generator, requests, *settings, done=done):
+    numbers, requests, done = todo
+    for event in api.interleave(generator, requests, *settings, previews=args.previews, done=done):
         number = numbers[event.request]
         path = work.take(event, number)
         if path is not None:
             print(path, flush=True)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() or args.previews:
             _tell(event, number)
     timings = {"load_seconds": loaded - started, "generate_seconds": time.perf_counter() - loaded}
     run["sessions"].append({**_machine(generator), **timings})
@@ -143,18 +171,20 @@ def _generate(work: SavedWork, sharding: str) -> None:
 
 def _tell(event: Event, number: int) -> None:
     """Says on the terminal what is going on."""
-    from loom_jax.generate import FrameMade, PlanWritten, TurnStarted
+    from loom_jax.generate import FrameMade, PlanWritten, Preview, TurnStarted
 
     if isinstance(event, PlanWritten):
         said = f"plan of {len(event.steps)} steps"
     elif isinstance(event, TurnStarted):
         seen = ", ".join(map(str, event.history)) or "no earlier frame"
         said = f"turn {event.turn} (sees {seen}): {event.step or ''}"
+    elif isinstance(event, Preview):
+        said = f"turn {event.turn}: {event.done} of {event.of} steps"
     elif isinstance(event, FrameMade):
         said = f"turn {event.turn} made in {event.seconds:.1f} s"
     else:
         return
-    print(f"request {number}: {said}", file=sys.stderr)
+    print(f"request {number}: {said}", file=sys.stderr, flush=True)
 
 
 def _machine(generator: Generator) -> dict[str, Any]:

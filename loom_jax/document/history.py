@@ -72,9 +72,11 @@ class HistoryPolicy:
     @classmethod
     def parse(cls, text: str) -> HistoryPolicy:
         """Reads `uniform(2)`, `all` and the like."""
-        match = re.fullmatch(r"\s*([a-z]+)\s*(?:\(\s*(-?\d+)\s*\))?\s*", text)
+        match = re.fullmatch(r"\s*([a-z]+)\s*(?:\(\s*(-?\d{1,9})\s*\))?\s*", text)
         if not match:
-            raise ConfigError(f"history policy {text!r}: expected a name such as all, or one with a number: uniform(2)")
+            raise ConfigError(
+                f"history policy {text[:40]!r}: expected a name such as all, or one with a number: uniform(2)"
+            )
         name, number = match[1], match[2]
         if name in POLICIES and (number is not None) != POLICIES[name][1]:
             form = f"{name}(k)" if POLICIES[name][1] else name

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-_NAMED = re.compile(r"\bstep\s*(\d+)\s*[:.)]\s*", re.IGNORECASE)
+_NAMED = re.compile(r"\bstep\s*(\d{1,9})\s*[:.)]\s*", re.IGNORECASE)
 """`Step1:`, `step 2.`, anywhere in the text."""
-_NUMBERED = re.compile(r"(?:^|(?<=[,;.]))\s*(\d+)[:.)](?=\s)\s*", re.MULTILINE)
+_NUMBERED = re.compile(r"(?:^|(?<=[,;.]))\s*(\d{1,9})[:.)](?=\s)\s*", re.MULTILINE)
 """`1. ` at the start of a line or after a comma, semicolon or full stop."""
 _ORIGINAL = re.compile(r"Step\d+:\s*(.*?)(?=,\s*Step|$)")
 _AROUND = " \t\r\n,;"

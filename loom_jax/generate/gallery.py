@@ -61,7 +61,7 @@ def _shown(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Returns what the page shows of a request."""
     frames = [{**frame, "data": _embed(folder / frame["image"])} for frame in entry["frames"]]
     images, entities, planned = entry["images"], entry["entities"], entry["task"] in PLANNED
-    if entities is None:
+    if entities is None or len(entities) != len(images):  # of other number in requests that failed because of it
         # Which tokens there are was checked when the pictures were made.
         assigned = assign_entities(entry["instruction"], len(images), known=lambda token: True)
         entities = [None] * len(images) if planned else assigned

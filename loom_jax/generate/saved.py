@@ -11,34 +11,70 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image as PILImage
 
 from loom_jax.core import ImageError, InputError, LoomError
-from loom_jax.document import PLANNED, HistoryPolicy, open_image, to_rgb
-from loom_jax.generate.interleave import Done, Event, FrameMade, InterleavedRequest, PlanWritten, RequestFailed
+from loom_jax.document import PLANNED, HistoryPolicy, InterleavedTask, open_image, to_rgb
+from loom_jax.generate.interleave import Done, Event, FrameMade, InterleavedRequest, PlanWritten, Preview, RequestFailed
 
 RECORD = "result.json"
 KIND = "interleaved"
 SCHEMA = 1
 PART = ".part"
 """Ends the name of a file that is being written."""
-_FIELDS = {
-    "number",
-    "source",
-    "task",
-    "images",
-    "entities",
-    "instruction",
-    "state",
-    "reason",
-    "steps",
-    "plan_text",
-    "seeds",
-    "frames",
+_Check = Callable[[Any], bool]
+
+
+def _is(*types: type) -> _Check:
+    return lambda value: isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+
+
+def _listed(check: _Check) -> _Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _either(*checks: _Check) -> _Check:
+    return lambda value: any(check(value) for check in checks)
+
+
+_text, _number, _nothing = _is(str), _is(int), _is(type(None))
+_FIELDS: dict[str, _Check] = {
+    "number": _number,
+    "source": _is(str, type(None)),
+    "task": _either(_nothing, lambda task: task in get_args(InterleavedTask)),
+    "images": _listed(_text),
+    "entities": _either(_nothing, _listed(_is(str, type(None)))),
+    "instruction": _text,
+    "state": lambda state: state in ("running", "finished", "failed"),
+    "reason": _is(str, type(None)),
+    "steps": _listed(_text),
+    "plan_text": _is(str, type(None)),
+    "seeds": lambda seeds: isinstance(seeds, dict) and all(k.isdecimal() and _number(v) for k, v in seeds.items()),
+    "frames": _listed(lambda frame: isinstance(frame, dict) and _wrong(frame, _FRAME) is None),
+}
+"""What an entry holds, and whether a value may stand there."""
+_ASKED: dict[str, _Check] = {
+    "plan": _either(_nothing, _listed(_text)),
+    "num_steps": _is(int, type(None)),
+    "size": _either(_nothing, lambda size: _listed(_number)(size) and len(size) == 2),
+    "seed": _number,
+    "history": _is(str, type(None)),
+    "policy": _text,
+}
+"""What an entry holds besides, if its request could be read."""
+_FRAME: dict[str, _Check] = {
+    "turn": _number,
+    "step": _is(str, type(None)),
+    "history": _listed(_number),
+    "seed": _number,
+    "image": _text,
+    "width": _number,
+    "height": _number,
+    "seconds": _is(int, float),
 }
 
 
@@ -109,9 +145,7 @@ class SavedWork:
                 f"{folder / RECORD} has schema {record.get('schema')}, this version reads {SCHEMA}: "
                 "resume it with the version that made it"
             )
-        results = record.get("results")
-        if not isinstance(results, list) or not all(isinstance(e, dict) and e.keys() >= _FIELDS for e in results):
-            raise InputError(f"{folder / RECORD} lacks fields of its requests: restore it, or start anew")
+        _check_record(folder / RECORD, record)
         for part in folder.rglob(f"*{PART}"):
             part.unlink()
         return cls(folder, record)
@@ -194,7 +228,9 @@ class SavedWork:
         return Done(tuple(entry["steps"]), tuple(images), seeds, failed=entry["state"] == "failed")
 
     def take(self, event: Event, number: int) -> Path | None:
-        """Saves what an event brings to request `number`; returns the path of its picture, if it is a frame.
+        """Saves what an event brings to request `number`; returns the path of its picture, if it has one.
+
+        The record names the frames alone: previews are there to be looked at, and no part of what is gone on with.
 
         Raises:
           LoomError: it cannot be written, for want of room or rights.
@@ -208,6 +244,8 @@ class SavedWork:
             frame = {"turn": event.turn, "step": event.step, "history": list(event.history), "seed": event.seed}
             frame |= {"image": name, "width": event.image.width, "height": event.image.height}
             entry["frames"] = [*entry["frames"][: event.turn - 1], {**frame, "seconds": event.seconds}]
+        elif isinstance(event, Preview):
+            return self._write_picture(_preview_name(number, event.turn, event.done), event.image)
         elif isinstance(event, RequestFailed):
             entry |= {"state": "failed", "reason": event.reason}
         else:
@@ -216,17 +254,26 @@ class SavedWork:
         self.write()
         return path
 
-    def redo(self, turn: int, seed: int) -> None:
-        """Forgets `turn` and all after it, to be made again with `seed`, in every request that did not fail.
+    def redo(self, turn: int, seed: int, request: int | None = None) -> None:
+        """Forgets `turn` and all after it, to be made again with `seed`.
+
+        Args:
+          turn: counts from 1.
+          seed: of that turn and the later ones.
+          request: number of the request; by default, every one that has the turn and did not fail.
 
         Raises:
-          InputError: no request has such a turn, or the seed is out of range.
+          InputError: no request has such a turn, there is no such request, or the seed is out of range.
         """
-        chosen = [entry for entry in self.results if entry["state"] != "failed" and 1 <= turn <= _turns(entry)]
+        if request is not None and not 0 <= request < len(self.results):
+            raise InputError(f"request {request}: there is none, they have the numbers 0 to {len(self.results) - 1}")
+        asked = self.results if request is None else [self.results[request]]
+        chosen = [entry for entry in asked if entry["state"] != "failed" and 1 <= turn <= _turns(entry)]
         if not chosen:
-            raise InputError(
-                f"turn {turn}: no request has it, the longest has {max(map(_turns, self.results), default=0)}"
-            )
+            which = f"no request has it, the longest has {max(map(_turns, asked), default=0)}"
+            if request is not None:
+                which = f"request {request} has {_turns(asked[0])}" + (", and failed" * (asked[0]["state"] == "failed"))
+            raise InputError(f"turn {turn}: {which}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed={seed}: must be at least 0 and below 2^32 = {2**32}")
         stale = [
@@ -262,8 +309,33 @@ class SavedWork:
         return self.folder / name
 
 
+def _check_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises InputError where a record lacks something, or holds what cannot stand there."""
+    results = record.get("results")
+    if not isinstance(results, list) or not isinstance(record.get("sessions"), list):
+        raise InputError(f"{path} lacks its results or sessions: restore it, or start anew")
+    for number, entry in enumerate(results):
+        if not isinstance(entry, dict) or entry.get("number") != number:
+            raise InputError(f"{path}: results {number} is not request {number}: restore it, or start anew")
+        wrong = _wrong(entry, _FIELDS | ({} if entry.get("task") is None else _ASKED))
+        if wrong is None:
+            names = [(turn, _frame_name(number, turn)) for turn in range(1, len(entry["frames"]) + 1)]
+            wrong = None if names == [(frame["turn"], frame["image"]) for frame in entry["frames"]] else "frames"
+        if wrong is not None:
+            raise InputError(f"{path}: request {number} has no valid {wrong!r}: restore it, or start anew")
+
+
+def _wrong(values: Mapping[str, Any], checks: Mapping[str, _Check]) -> str | None:
+    """Returns the first name that is missing or holds what it must not."""
+    return next((name for name, check in checks.items() if name not in values or not check(values[name])), None)
+
+
 def _frame_name(number: int, turn: int) -> str:
     return f"request_{number}/turn_{turn}.png"
+
+
+def _preview_name(number: int, turn: int, done: int) -> str:
+    return f"request_{number}/previews/turn_{turn}_step_{done}.png"
 
 
 def _turns(entry: Mapping[str, Any]) -> int:
@@ -280,7 +352,7 @@ def _clear(folder: Path) -> None:
     if any(entry["state"] == "running" for entry in old.results):
         raise InputError(f"{folder} holds unfinished work: go on with --resume {folder}, or choose another --out")
     (folder / RECORD).unlink()
-    for pattern in ("request_*/condition_*.png", "request_*/turn_*.png"):
+    for pattern in ("request_*/condition_*.png", "request_*/turn_*.png", "request_*/previews/turn_*.png"):
         for picture in folder.glob(pattern):
             picture.unlink()
 
