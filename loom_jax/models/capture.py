@@ -17,9 +17,11 @@ class Capture(NamedTuple):
     """Numbers of layers, from 0, whose insides are wanted; hashable, for use as a static argument.
 
     Example:
+      ```python
       captured = model(streams, latents, timesteps, capture=Capture(hidden=(0, 27), attention=(13,))).captured
       captured.hidden[1][-1]   # gen stream after layer 27, [B, G, D]
       captured.attention[0]    # of layer 13, [B, H, U + G, N + U + G]
+      ```
     """
 
     hidden: tuple[int, ...] = ()
