@@ -41,6 +41,8 @@ class MixtureEntry:
       weight: share of the rows that come from here, relative to the other weights.
       shuffle: visit rows in another order each epoch; else in the order of the files.
       dropout: in place of the recipe's own.
+      noisy_copies: how often a picture to be generated stands in its document, each time with noise and a timestep of
+        its own. Copies do not see each other: more of them make more of one reading of what is given.
       vae_transform, vit_transform: in place of the encoder's.
     """
 
@@ -52,6 +54,7 @@ class MixtureEntry:
     weight: float = 1.0
     shuffle: bool = True
     dropout: DropoutConfig | None = None
+    noisy_copies: int = 1
     vae_transform: ImageTransform | None = None
     vit_transform: ImageTransform | None = None
 
@@ -60,6 +63,8 @@ class MixtureEntry:
             raise ConfigError(
                 f"mixture entry {self.name!r} has weight {self.weight}: weights are positive, leave it out"
             )
+        if self.noisy_copies < 1:
+            raise ConfigError(f"mixture entry {self.name!r} has noisy_copies={self.noisy_copies}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from loom_jax.data.order import Address
 from loom_jax.data.packing import Packable
 from loom_jax.data.recipes import RECIPES, Recipe
 from loom_jax.data.sources import Row, Source
-from loom_jax.document import EncodedSegment, Encoder, ImageTokens, Picture, drop_segments, lay_out
+from loom_jax.document import EncodedSegment, Encoder, ImageTokens, Picture, Segment, drop_segments, lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Reader:
         entry = address.entry
         rng = np.random.default_rng((self._config.seed, entry, address.epoch, address.row))
         recipe, encoder = self._recipes[entry], self._encoders[entry]
-        segments = recipe.build(self.read(address), rng)
+        segments = repeat_noisy(recipe.build(self.read(address), rng), self._config.mixture[entry].noisy_copies)
         images = sum(isinstance(segment, Picture) for segment in segments)
         try:
             encoded = encoder.encode(segments, img_num=max(images, 1) if recipe.shares_area else 1, raw=True)
@@ -95,6 +95,12 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}: there are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def repeat_noisy(segments: Sequence[Segment], copies: int) -> list[Segment]:
+    """Returns segments with every picture that is to be generated `copies` times in a row."""
+    repeats = [copies if isinstance(segment, Picture) and segment.role == "noisy" else 1 for segment in segments]
+    return [segment for segment, count in zip(segments, repeats, strict=True) for _ in range(count)]
 
 
 def drop_conditions(

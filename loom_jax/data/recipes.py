@@ -197,23 +197,26 @@ def composition(row: Row, rng: np.random.Generator) -> list[Segment]:
     return [*prologue(given, instruction), *learned_frames([Turn(None, None, target)])]
 
 
+_image_tutorial = partial(tutorial, condition="last")
+_decomposition = partial(tutorial, task="decompose", history=HistoryPolicy("none", 0), condition="first")
+
 RECIPES: dict[str, Recipe] = {
     "t2i": Recipe(t2i),
     "edit": Recipe(edit),
     "vlm": Recipe(vlm, shares_area=True),
     "tutorial": Recipe(tutorial, TOGETHER, tokens=TURNS),
     "tutorial_frames": Recipe(partial(tutorial, learn_plan=False), TOGETHER, tokens=TURNS),
-    "image_tutorial": Recipe(partial(tutorial, condition="last"), TOGETHER, tokens=TURNS),
-    "decomposition": Recipe(
-        partial(tutorial, task="decompose", history=HistoryPolicy("none", 0), condition="first"), TOGETHER, tokens=TURNS
-    ),
+    "image_tutorial": Recipe(_image_tutorial, TOGETHER, tokens=TURNS),
+    "image_tutorial_frames": Recipe(partial(_image_tutorial, learn_plan=False), TOGETHER, tokens=TURNS),
+    "decomposition": Recipe(_decomposition, TOGETHER, tokens=TURNS),
+    "decomposition_frames": Recipe(partial(_decomposition, learn_plan=False), TOGETHER, tokens=TURNS),
     "composition": Recipe(composition, TOGETHER, tokens=ENTITY_TOKENS),
     "style": Recipe(composition, TOGETHER, tokens=ENTITY_TOKENS),
 }
 """Every recipe by the name that configurations use.
 
-`tutorial_frames` gives the plan instead of learning it, so that it can be dropped: mix some in, for the guidance branch
-without text has no plan.
+Those named `_frames` give the plan instead of learning it, so that it can be dropped: mix some in, for the guidance
+branch without text has no plan.
 """
 
 

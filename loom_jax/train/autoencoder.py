@@ -120,7 +120,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Path:
             if stop:
                 break
     if int(state.step) == config.total_steps:
-        _finish(workdir, config, state)
+        _finish(workdir, state)
     return workdir / WEIGHTS
 
 
@@ -194,9 +194,6 @@ def _start(workdir: Path, config: AutoencoderTrainConfig) -> None:
         raise CheckpointError(f"{workdir} cannot be made a run folder ({error}): choose another place") from error
 
 
-def _finish(workdir: Path, config: AutoencoderTrainConfig, state: AutoencoderState) -> None:
-    unfinished = workdir / f".{WEIGHTS}"
-    for old in (unfinished, workdir / WEIGHTS):
-        shutil.rmtree(old, ignore_errors=True)
-    save_params(unfinished, state.trainable if state.ema is None else state.ema)
-    unfinished.rename(workdir / WEIGHTS)
+def _finish(workdir: Path, state: AutoencoderState) -> None:
+    shutil.rmtree(workdir / WEIGHTS, ignore_errors=True)
+    save_params(workdir / WEIGHTS, state.trainable if state.ema is None else state.ema)

@@ -147,6 +147,9 @@ class TrainConfig:
       model: sizes of the networks; must equal those of `init_from`.
       held_out: rows that are never trained on, for watch.held_out_every.
       init_from: converted folder to start from; without one all weights are drawn from `seed`.
+      vae_from: folder of a finished run of an autoencoder (loom_jax.train.AutoencoderTrainConfig), for a job that
+        starts from nothing; without one the autoencoder is drawn too, and what the model learns to draw means nothing.
+      tokenizer: of a job that starts from nothing: one token for each byte, or for each word of the tutorial world.
       frozen: patterns of parameter paths that are not trained (`vit/*`).
       freeze_und: the original's flag: gradients of und activations are cut.
       attention: key of loom_jax.nn.ATTENTION_BACKENDS.
@@ -160,6 +163,8 @@ class TrainConfig:
     data: DataConfig
     held_out: DataConfig | None = None
     init_from: str | None = None
+    vae_from: str | None = None
+    tokenizer: Literal["bytes", "world"] = "bytes"
     total_steps: int = 500_000
     seed: int = 42
     microbatches: int = 1
@@ -180,6 +185,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.microbatches < 1 or self.total_steps < 1:
             raise ConfigError(f"microbatches={self.microbatches}, total_steps={self.total_steps}: must be at least 1")
+        if self.init_from is not None and self.vae_from is not None:
+            raise ConfigError(f"init_from={self.init_from!r} brings its autoencoder: leave vae_from out")
         if len(self.mesh.axes) != len(self.mesh.sizes):
             raise ConfigError(f"mesh.axes={self.mesh.axes} and mesh.sizes={self.mesh.sizes}: must be equally many")
         if self.watch.held_out_every and self.held_out is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from loom_jax.checkpoint import ModelFolder, read_folder, restore_component
 from loom_jax.core import ConfigError, LoomConfig, to_mapping
 from loom_jax.data import RECIPES, DataConfig, Pipeline, Tables, make_pipeline
+from loom_jax.data.world import build_tokenizer
 from loom_jax.document import LOOM_TOKENS, Encoder, Tokenizer, make_encoder
 from loom_jax.models import Autoencoder, LoomModel, add_lora
 from loom_jax.nn import REMAT_POLICIES, Purpose, choose_attention, make_key
@@ -29,6 +31,7 @@ from loom_jax.parallel import (
     shardings_for,
     state_shardings,
 )
+from loom_jax.train.autoencoder import restore_autoencoder
 from loom_jax.train.config import TrainConfig
 from loom_jax.train.optimizer import learning_rate, make_optimizer
 from loom_jax.train.state import TrainState, check_frozen, init_state, parameter_names, split_model
@@ -237,12 +240,17 @@ def _autoencoder(config: TrainConfig, source: ModelFolder | None, abstract: Any,
     if source is not None:
         return restore_component(source, "vae", abstract, mesh=mesh, preset=config.mesh.preset, dtype=jnp.float32)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    if config.vae_from is not None:
+        return restore_autoencoder(Path(config.vae_from), config.model.vae, abstract, shardings)
     return jax.jit(lambda: nnx.split(_new_autoencoder(config), nnx.Param)[1], out_shardings=shardings)()
 
 
 def _tokenizer(config: TrainConfig, source: ModelFolder | None) -> Tokenizer:
-    """The tokenizer of the source folder, or one of bytes; with Loom's tokens where a recipe writes some."""
-    tokenizer = Tokenizer.of_bytes() if source is None else Tokenizer.from_folder(source.path)
+    """The tokenizer of the source folder, or the one configured; with Loom's tokens where a recipe writes some."""
+    if source is not None:
+        tokenizer = Tokenizer.from_folder(source.path)
+    else:
+        tokenizer = build_tokenizer() if config.tokenizer == "world" else Tokenizer.of_bytes()
     needed = any(RECIPES[entry.recipe].tokens for entry in config.data.mixture if entry.recipe in RECIPES)
     return tokenizer.with_tokens(LOOM_TOKENS) if needed else tokenizer
 

@@ -53,7 +53,7 @@ class WorldRows:
 
 
 def open_world(recipe: str, paths: Sequence[str] = ()) -> WorldRows:
-    """Returns the rows for a recipe (`tutorial_frames` takes those of `tutorial`); `paths` may name the split.
+    """Returns the rows for a recipe; one named `_frames` has those of the one without. `paths` may name the split.
 
     Raises:
       ConfigError: there are no such rows.

@@ -1,0 +1,90 @@
+"""A small Loom that works: trained from nothing on the tutorial world, its small ViT with it.
+
+Command: loom train --config configs/world_autoencoder.py --workdir runs/world_autoencoder
+         loom train --config configs/world_tiny.py --workdir runs/world_tiny --config.vae_from=runs/world_autoencoder
+Data: all five tasks of the tutorial world, drawn as they are needed; no combination that is held out is ever shown.
+Hardware: any CPU, hours on two cores, in float32; one GPU, minutes. It goes on where it was stopped.
+Expect: the table of docs/ that the shipped weights were measured for.
+
+Every picture to be generated stands four times in its document, with noise of its own: what is given is read once for
+all of them. Decompositions, compositions and styles have no history; tutorials show up to three earlier frames. Half of
+the planned rows give the plan instead of learning it, because without it they can be dropped, as guidance needs it.
+"""
+
+import ml_collections
+
+WEIGHTS = {
+    "tutorial": 2.0,
+    "tutorial_frames": 2.0,
+    "image_tutorial": 1.0,
+    "image_tutorial_frames": 1.0,
+    "decomposition": 1.0,
+    "decomposition_frames": 1.0,
+    "composition": 3.0,
+    "style": 2.0,
+}
+"""Recipe -> relative share of the rows."""
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the recipe; its keys are those of loom_jax.train.TrainConfig."""
+    config = ml_collections.ConfigDict()
+    config.model = {
+        "decoder": {
+            "vocab_size": 512,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_layers": 8,
+            "num_heads": 6,
+            "num_kv_heads": 3,
+            "head_dim": 32,
+            "rope_theta": 1e4,
+            "rms_norm_eps": 1e-6,
+        },
+        "vit": {
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_layers": 3,
+            "num_heads": 4,
+            "patch_size": 16,
+            "num_positions": 16,
+            "layer_norm_eps": 1e-6,
+        },
+        "vae": {
+            "ch": 16,
+            "ch_mult": (1, 2, 4, 4),
+            "num_res_blocks": 1,
+            "z_channels": 16,
+            "scale_factor": 1.0,
+            "shift_factor": 0.0,
+            "in_channels": 3,
+            "out_ch": 3,
+            "num_groups": 8,
+        },
+        "max_latent_size": 4,
+        "vit_max_num_patch_per_side": 4,
+        "latent_patch_size": 2,
+        "timestep_shift": 1.0,
+        "interpolate_pos": False,
+    }
+    config.vae_from = "runs/world_autoencoder"
+    config.tokenizer = "world"
+    config.total_steps = 20_000
+    config.frozen = ()
+    config.remat = "none"
+    config.optimizer = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 200, "b2": 0.98, "eps": 1e-8}
+    config.ema = {"decay": 0.998}
+    config.save = {"every": 250, "keep_last": 2}
+    config.watch = {"log_every": 10, "held_out_every": 500, "held_out_batches": 4}
+    mixture = [
+        {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4}
+        for name, weight in WEIGHTS.items()
+    ]
+    shape = {
+        "rows": 2,
+        "budget": {"und": 1280, "gen": 1280, "vit": 320},
+        "canvases": [{"height": 64, "width": 64, "count": 32}],
+    }
+    config.data = {"mixture": mixture, "look_ahead": 4.0, **shape}
+    config.held_out = {"mixture": [{**entry, "paths": ("test",)} for entry in mixture], **shape}
+    return config
