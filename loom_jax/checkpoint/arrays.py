@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -310,6 +311,12 @@ def _groups(params: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _layer_bytes(path: str, leaf: Any) -> int:
     return math.prod(leaf.shape[_is_stacked(path) :]) * np.dtype(leaf.dtype).itemsize
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in a few words: of a failed write what the system said, else the first line."""
+    said = re.search(r"([^:]+) \[os_error_code", str(error))
+    return said[1].strip() if said else (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def save_params(path: Path, params: Any) -> None:

@@ -26,9 +26,9 @@ import dataclasses
 import functools
 import json
 import logging
-import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -138,6 +138,8 @@ class RunCheckpoints:
         self._saved: int | None = None
         self._cleaned = False
         logging.getLogger("absl").addFilter(_QUIET)
+        if not isinstance(sys.unraisablehook, _TooLate):
+            sys.unraisablehook = _TooLate(sys.unraisablehook)
 
     def __enter__(self) -> Self:
         return self
@@ -242,10 +244,10 @@ class RunCheckpoints:
         """The error for a save that failed; the space it took is given back."""
         self._pending = self._saved = None
         self._clean()
-        last = self.latest()
+        last, why = self.latest(), arrays.cause(error)
         good = "there is no earlier one" if last is None else f"step {last} is the last good one"
         return LoomError(
-            f"the checkpoint of step {step} could not be written to {self._checkpoints} ({_cause(error)}); {good}: "
+            f"the checkpoint of step {step} could not be written to {self._checkpoints} ({why}); {good}: "
             "make room or mend the place, and start again"
         )
 
@@ -378,7 +380,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         with _context():
             return ocp.load_checkpointables(path, {name: None})[name]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_cause(error)}): give another --step") from error
+        raise CheckpointError(f"{path} cannot be read ({arrays.cause(error)}): give another --step") from error
 
 
 def _context() -> ocp.Context:
@@ -488,12 +490,6 @@ def _discard(path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong, in a few words: of a failed write what the system said, else the first line."""
-    said = re.search(r"([^:]+) \[os_error_code", str(error))
-    return said[1].strip() if said else (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 class _Said(logging.Filter):
     """Keeps back the traces that Orbax logs for a failed save, each several times: the error says it in one line."""
 
@@ -502,3 +498,15 @@ class _Said(logging.Filter):
 
 
 _QUIET = _Said()
+
+
+class _TooLate:
+    """Keeps back what the other arrays of a failed save say, hundreds of traces: Orbax ends its event loop at the first
+    array that cannot be written, and theirs call into it later, where nothing can catch it."""
+
+    def __init__(self, before: Callable[[Any], object]) -> None:
+        self._before = before
+
+    def __call__(self, unraised: Any) -> None:
+        if str(unraised.exc_value) != "Event loop is closed":
+            self._before(unraised)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from loom_jax.checkpoint.arrays import save_params
+from loom_jax.checkpoint.arrays import cause, save_params
 from loom_jax.checkpoint.folder import migrate
 from loom_jax.core import CheckpointError, LoomConfig, from_mapping, to_mapping
 
@@ -90,8 +90,8 @@ def start_run(
             unfinished = path / f".{RUN_RECORD}"
             unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             unfinished.rename(path / RUN_RECORD)  # last: a folder with a record is complete
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be made a run folder ({error}): choose another place") from error
+    except (OSError, ValueError, RuntimeError) as error:  # Orbax raises the last two where it cannot write
+        raise CheckpointError(f"{path} cannot be made a run folder ({cause(error)}): choose another place") from error
     _meet("start_run: written")
     return read_run(path)
 

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from loom_jax.core.errors import LoomError
+
 HEARTBEATS = "heartbeat"
 """Folder of a run that holds them: `<process>.json`."""
 
@@ -55,15 +57,24 @@ class HeartbeatFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def beat(self, step: int, state: State = "running") -> None:
-        """Says that `step` has begun, or how the run ended; the file is never half written."""
+        """Says that `step` has begun, or how the run ended; the file is never half written.
+
+        Raises:
+          LoomError: it cannot be written, as on a full disk.
+        """
         now = time.monotonic()
         if state == "running" and now - self._written < self._every:
             return
         self._written = now
         said = Heartbeat(self._process, step, time.time(), self._total, state, socket.gethostname(), os.getpid())
         scratch = self._path.with_suffix(f".{said.pid}.part")
-        scratch.write_text(json.dumps(dataclasses.asdict(said)) + "\n", encoding="utf-8")
-        scratch.replace(self._path)
+        try:
+            scratch.write_text(json.dumps(dataclasses.asdict(said)) + "\n", encoding="utf-8")
+            scratch.replace(self._path)
+        except OSError as error:
+            raise LoomError(
+                f"{self._path} cannot be written ({error.strerror}): make room or mend the place, and start again"
+            ) from error
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:

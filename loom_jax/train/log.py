@@ -51,7 +51,7 @@ class TrainLog:
     """
 
     def __init__(self, folder: Path | None, config: TrainConfig, names: Sequence[str], first: int = 0):
-        self._config, self._names = config, [*names, "the loss"]
+        self._folder, self._config, self._names = folder, config, [*names, "the loss"]
         self._pending: tuple[int, Metrics, Mapping[str, float]] | None = None
         self._window: list[tuple[float, float, float]] = []
         self._started = time.perf_counter()
@@ -73,9 +73,13 @@ class TrainLog:
     ) -> None:
         if kind is None:
             self.flush()
-        for file in (self._metrics, self._events, self._board):
-            if file is not None:
-                file.close()
+        try:
+            for file in (self._metrics, self._events, self._board):
+                if file is not None:
+                    file.close()
+        except OSError as failed:
+            if kind is None:  # else what ended the run says more
+                raise self._cannot_write(failed) from failed
 
     def waited_for_data(self, seconds: float) -> None:
         """Adds to the time in which the step waited for its batch."""
@@ -85,7 +89,7 @@ class TrainLog:
         """Takes the metrics of a step that may still be running, and reads those of the step before.
 
         Raises:
-          LoomError: too many steps in a row were not finite; the first tensor is named.
+          LoomError: too many steps in a row were not finite (the first tensor is named), or the log cannot be written.
         """
         before, self._pending = self._pending, (step, metrics, dict(data))
         if before is not None:
@@ -103,7 +107,11 @@ class TrainLog:
             console().print(text, highlight=False, markup=False, soft_wrap=True)
 
     def event(self, step: int, name: str, values: Mapping[str, float | str]) -> None:
-        """Writes what happened after `step`: `skipped`, `held_out` or `goodput`."""
+        """Writes what happened after `step`: `skipped`, `held_out` or `goodput`.
+
+        Raises:
+          LoomError: the log cannot be written, as on a full disk.
+        """
         self._write(self._events, step, {"event": name, **values})
 
     def _write(self, file: TextIO | None, step: int, values: Mapping[str, float | str]) -> None:
@@ -111,11 +119,20 @@ class TrainLog:
         if file is None:
             return
         known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        file.write(json.dumps({"step": step, **known}) + "\n")
-        file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and self._board is not None:
-                _add_scalar(self._board, name, value, step)
+        try:
+            file.write(json.dumps({"step": step, **known}) + "\n")
+            file.flush()
+            for name, value in values.items():
+                if isinstance(value, int | float) and self._board is not None:
+                    _add_scalar(self._board, name, value, step)
+        except OSError as failed:
+            raise self._cannot_write(failed) from failed
+
+    def _cannot_write(self, failed: OSError) -> LoomError:
+        return LoomError(
+            f"the log of the run in {self._folder} cannot be written ({failed.strerror}): make room or mend the place, "
+            "and start again; the run goes on from its last checkpoint"
+        )
 
     def _read(self, step: int, metrics: Metrics, data: Mapping[str, float]) -> None:
         values = jax.device_get(metrics)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +11,7 @@ from typing import Any, Self
 import jax
 from jax.sharding import Mesh
 
-from loom_jax.core import HeartbeatFile, read_heartbeats
+from loom_jax.core import HeartbeatFile, LoomError, read_heartbeats
 from loom_jax.train.config import TrainConfig
 from loom_jax.train.drift import DriftCheck
 from loom_jax.train.goodput import Goodput, Part
@@ -49,13 +49,14 @@ class Watch:
     ) -> None:
         self._goodput.close()
         if kind is not None:
-            self._heartbeat.beat(self._step, "failed")
+            with contextlib.suppress(LoomError):  # what ended the run says more than that this cannot be written
+                self._heartbeat.beat(self._step, "failed")
             return
         shares = {f"goodput/{name}": share for name, share in self._goodput.shares().items()}
         self._log.event(self._step, "goodput", shares)
         self._heartbeat.beat(self._step, "finished" if self._step == self._config.total_steps else "stopped")
 
-    @contextmanager
+    @contextlib.contextmanager
     def part(self, name: Part) -> Iterator[None]:
         """Counts what happens inside as time for `name`."""
         with self._goodput.part(name):
