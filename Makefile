@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help environment demo test test-all lint format clean
+.PHONY: help environment demo test test-all lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all   run all tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the sources"
+	@echo "make docs       build the manual into site/"
 	@echo "make clean      remove .venv, caches and build outputs (out/ stays)"
 	@echo "PYTHON=/path/to/python3.12 chooses the interpreter (3.11 or newer); ARGS='-k mask' adds arguments"
 
@@ -38,6 +39,9 @@ format: environment
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: environment
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf .venv .jax_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf site .venv .jax_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

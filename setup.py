@@ -75,7 +75,12 @@ setup(
         "dev": [
             "build",
             "hypothesis",
+            "ipykernel",
+            "jsonschema",
+            "mkdocs-material",
+            "mkdocstrings[python]",
             "mypy",
+            "nbclient",
             "pytest",
             "pytest-xdist",
             "ruff",

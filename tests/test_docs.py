@@ -1,0 +1,118 @@
+"""The manual: it builds without a warning, its commands have the flags they show, and its walks are walked."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = ("", "bash", "sh")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of every fenced block of a page, in order."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of every command that a page shows for `loom` or a module of it."""
+    lines = [
+        line.split("#")[0].split(" -- ")[0].split()
+        for language, text in blocks(page)
+        if language in SHELL
+        for line in text.replace("\\\n", " ").splitlines()
+    ]
+    return [words for words in lines if words and (words[0] == "loom" or words[:2] == ["python", "-m"])]
+
+
+def script(page: Path) -> str:
+    """What a reader would type who takes the page from top to bottom."""
+    typed = {"bash": "{}", "python": "python - <<'END'\n{}END\n"}
+    return "set -eux\n" + "\n".join(
+        typed[language].format(text) for language, text in blocks(page) if language in typed
+    )
+
+
+def follow(page: Path, checkout: Path, minutes: float) -> str:
+    """Runs a page in a checkout; returns what was said."""
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    command = ["bash", "-c", script(page)]
+    done = subprocess.run(
+        command,
+        cwd=checkout,
+        env=environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60 * minutes,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clean clone of what is committed."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], check=True)
+    return tmp_path / "clone"
+
+
+def test_the_manual_builds_without_warnings(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environ = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for page, shown in (("api", "load"), ("launch", "JobDescription"), ("converters", "to_orbax"), ("nn", "attention_weights")):
+        html = (tmp_path / "site" / "reference" / page / "index.html").read_text(encoding="utf-8")
+        assert re.search(rf'id="[a-z_.]+\.{shown}"', html), f"reference/{page} does not show {shown}"
+
+
+def test_commands_in_the_manual_have_the_flags_they_show():
+    shown: dict[tuple[str, ...], set[str]] = {}
+    for page in PAGES:
+        for words in commands(page):
+            length = {"loom": 2, "python": 3}[words[0]] + (words[1] in ("convert", "data"))
+            if words[1].startswith("-") and words[0] == "loom":
+                continue
+            flags = {word.split("=")[0] for word in words[length:] if word.startswith("--")}
+            shown.setdefault(tuple(words[:length]), set()).update(flags)
+    assert len(shown) > 12
+    for command, flags in shown.items():
+        module = command[2:] if command[0] == "python" else ("loom_jax.cli", *command[1:])
+        start = [sys.executable, "-m", *module]
+        done = subprocess.run([*start, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)} --help: {done.stderr}"
+        known = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+        unknown = {flag for flag in flags if flag not in known and not flag.startswith("--config.")}
+        assert not unknown, f"{' '.join(command)} has no {', '.join(sorted(unknown))}"
+
+
+@pytest.mark.slow
+def test_the_way_of_a_newcomer(clone):
+    """A clean clone, `make demo`, and every block of the quickstart."""
+    quickstart = clone / "docs" / "quickstart.md"
+    assert "make demo" in script(quickstart)
+    follow(quickstart, clone, minutes=60)
+    for made in ("out/demo/edit/image_0.png", "out/circle/image_0.png", "out/circle/python_1.png"):
+        assert (clone / made).is_file(), made
+    assert (clone / "runs" / "tiny" / "checkpoints" / "6").is_dir()
+    assert len(list((clone / "out" / "tutorial").rglob("turn_*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_own_data(tmp_path, monkeypatch):
+    """Every block of the page on fine-tuning, in a folder with nothing but the recipes."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    follow(ROOT / "docs" / "finetune.md", tmp_path, minutes=60)
+    assert (tmp_path / "rows.html").stat().st_size > 10_000
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "4").is_dir()
+    assert len(list((tmp_path / "out" / "mine").rglob("turn_*.png"))) == 2
+    assert (tmp_path / "out" / "mine" / "gallery.html").is_file()
