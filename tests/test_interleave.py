@@ -502,7 +502,8 @@ def test_every_frame_is_made_under_the_whole_plan():
 def test_six_turns_compile_each_call_once():
     fresh = Engine(tiny.model(), tiny.vae(), loom_encoder().special, len(loom_encoder().tokenizer))
     run([dataclasses.replace(REQUESTS[0], plan=PLAN[:1] * 6)], Generator(tiny.CONFIG, fresh, loom_encoder()))
-    assert fresh.compilations() == {"start": 1, "extend": 1, "text": 0, "steps": 1, "encode": 1, "decode": 1}
+    seen = {name: count for name, count in fresh.compilations().items() if count}
+    assert seen == {"start": 1, "extend": 1, "steps": 1, "encode": 1, "decode": 1}
 
 
 @pytest.mark.slow
