@@ -1,7 +1,9 @@
 """Behaviours of the original that are faults, and are not here: one test each, by the name that the issue gives it."""
 
+import ast
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +202,33 @@ def test_ids_and_pictures_are_not_taken_out_of_requests():
     tiny.generator().answer([tiny.generator().read_request(EDIT)], TextSettings(max_new_tokens=3))
     assert EDIT.items is items and len(items) == 2
     np.testing.assert_array_equal(pixels, np.asarray(items[0]))
+
+
+ELSEWHERE = {
+    "Bagel 1, TaylorSeer stays on": "test_taylor.py::test_a_request_among_others_gives_what_it_gives_alone",
+    "Bagel 2, latents depend on batch mates": "test_autoencoder.py::test_encoding_on_a_canvas_equals_each_image_alone",
+    "Bagel 4, packing loses samples": "test_packer.py::test_every_document_is_packed_once_and_soon",
+    "Bagel 4, rows beyond their budget": "test_packer.py::test_rows_fit_and_both_streams_are_full",
+    "Bagel 7, kept for parity": "test_transforms.py::test_recorded_sizes",
+    "Bagel 8, the last step is lost": "test_recipes.py::test_edit_in_one_go_uses_every_instruction",
+    "Bagel 9, an absent modality": "test_losses.py::test_an_absent_modality_gives_zero_and_finite_gradients",
+    "Bagel 9, no token at all": "test_losses.py::test_a_batch_without_any_token_gives_zero_and_finite_gradients",
+    "Bagel 10, video rows": "test_recipes.py::test_bad_rows_say_why",
+    "Bagel 11, the first rate is kept": "test_optimizer.py::test_schedules",
+    "Bagel 11, filler counts": "test_losses.py::test_counts_are_those_of_the_documents",
+    "Loom 1": "test_interleave.py::test_fault_1_the_model_token_is_whole",
+    "Loom 6, the program does not start": "test_train_loop.py::test_the_log_tells_what_a_user_wants_to_know",
+    "Loom 7, no clipping": "test_optimizer.py::test_clipping_keeps_the_direction_and_leaves_small_gradients_alone",
+    "Loom 7, no accumulation": "test_train_step.py::test_how_it_is_computed_does_not_change_the_gradient",
+    "Loom 7, what is saved": "test_train_loop.py::test_checkpoints_are_written_and_kept_as_asked",
+    "Loom 9, no end": "test_train_loop.py::test_a_finished_run_does_nothing_more",
+    "Loom 10, adapters do nothing": "test_from_run.py::test_adapters_are_merged",
+}
+"""Faults of the spec's section 13 whose test stands beside the part that it tests; Loom 2 to 5, 8 and 9 as Loom 1."""
+
+
+@pytest.mark.parametrize("fault", ELSEWHERE)
+def test_faults_that_other_files_test_have_their_test(fault):
+    file, _, name = ELSEWHERE[fault].partition("::")
+    tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

@@ -156,6 +156,7 @@ SEVEN = ", ".join(f"Step{k}: go on" for k in range(1, 8))
             "<image> marks and images differ in number",
         ),
         ("vlm", {"conversations": ["hm"]}, "conversation turn of unknown form"),
+        ("vlm", {"video": "a.mp4", "conversations": []}, "video rows are not supported"),
         ("tutorial", {"image_list": [png(1)], "instruction_list": ["x", PLAN]}, "plan and image counts differ"),
         ("tutorial", {"image_list": [png(1)] * 2, "instruction_list": ["", PLAN]}, "empty text"),
         ("tutorial", {"image_list": [png(1)] * 7, "instruction_list": ["x", SEVEN]}, "more frames than time tokens"),

@@ -38,7 +38,7 @@ Thing = tuple[str, str, str]
 
 
 class SyntheticRows:
-    """Rows for one recipe; row i is always the same.
+    """Rows for one recipe; row i is always the same. A recipe named `_frames` has the rows of the one without.
 
     Raises:
       ConfigError: no such rows can be drawn.
@@ -48,9 +48,10 @@ class SyntheticRows:
     bad_files: Sequence[BadRow] = ()
 
     def __init__(self, recipe: str):
-        if recipe not in _DRAWN:
+        rows = recipe.removesuffix("_frames")
+        if rows not in _DRAWN:
             raise ConfigError(f"no synthetic rows for recipe {recipe!r}: there are rows for {', '.join(_DRAWN)}")
-        self._recipe = recipe
+        self._recipe = rows
 
     def __len__(self) -> int:
         return NUM_ROWS
@@ -174,7 +175,6 @@ _DRAWN = {
     "vlm": _vlm,
     "tutorial": _tutorial,
     "composition": _composition,
-    "tutorial_frames": _tutorial,
     "image_tutorial": _tutorial,
     "decomposition": _decomposition,
     "style": _style,
