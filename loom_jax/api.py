@@ -9,6 +9,8 @@ result.image.save("boat.png")
 
 `interleave(generator, [InterleavedRequest(...)])` makes sequences of texts and pictures, for which the tokenizer needs
 Loom's tokens: `load("bagel_7b", tokens=LOOM_TOKENS)`.
+
+`observe(generator, Request(...), Capture(hidden=(0, 27), attention=(13,)))` looks into layers at work.
 """
 
 from __future__ import annotations
@@ -41,14 +43,16 @@ from loom_jax.generate import (
     TextSettings,
     TurnStarted,
     interleave,
+    observe,
 )
-from loom_jax.models import Backend, load_folder
+from loom_jax.models import QUANTIZATIONS, Backend, Capture, load_folder, quantize_decoder
 from loom_jax.nn import ATTENTION_BACKENDS
 from loom_jax.parallel import make_constrain, make_mesh
 
 __all__ = [
     "LOOM_SETTINGS",
     "LOOM_TOKENS",
+    "Capture",
     "Done",
     "FrameMade",
     "HistoryPolicy",
@@ -65,6 +69,7 @@ __all__ = [
     "export",
     "interleave",
     "load",
+    "observe",
 ]
 
 
@@ -75,6 +80,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
     attention: str = "auto",
+    quantize: str | None = None,
     tokens: Sequence[str] = (),
 ) -> Generator:
     """Loads a converted folder, ready to generate.
@@ -85,20 +91,26 @@ def load(
       mesh: the devices; by default `make_mesh(preset)`.
       dtype: of weights and computation; by default bfloat16 on accelerators and float32 on CPU.
       attention: a key of loom_jax.nn.ATTENTION_BACKENDS.
+      quantize: `int8` keeps the decoder's kernels as int8 (see loom_jax.models.quantize_decoder); they are loaded as
+        `dtype` and then turned one by one.
       tokens: that the tokenizer must have, such as LOOM_TOKENS; those that it lacks get the ids after its last one,
         with embeddings that this checkpoint has not learned.
 
     Raises:
       CheckpointError: the folder is not a converted model, or is broken.
       TokenizerError: the embedding table has no rows for `tokens`.
-      ConfigError: `attention` or `preset` is not known.
+      ConfigError: `attention`, `preset` or `quantize` is not known.
     """
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"quantize={quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
     if attention not in ATTENTION_BACKENDS:
         raise ConfigError(f"attention={attention!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     mesh = mesh or make_mesh(preset)
     loaded = load_folder(folder, mesh=mesh, preset=preset, dtype=dtype, param_dtype=dtype)
+    if quantize is not None:
+        quantize_decoder(loaded.model, quantize)
     tokenizer = add_tokens(loaded.tokenizer, tokens, loaded.config)
     backend = Backend(ATTENTION_BACKENDS[attention], make_constrain(mesh))
     engine = Engine(loaded.model, loaded.vae, tokenizer.special, len(tokenizer), backend)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loom_jax.core import ConfigError
-from loom_jax.document import may_attend
+from loom_jax.core import ConfigError, InputError
+from loom_jax.document import NOISE, may_attend
+from loom_jax.generate import ImageSettings, Request, observe
 from loom_jax.models import Capture, Past
 from loom_jax.models.mot import concatenate_layouts
 from loom_jax.nn import blockwise_attention
@@ -117,3 +118,28 @@ def test_past_tokens_are_seen_too():
 def test_a_layer_that_is_not_there_is_named(capture):
     with pytest.raises(ConfigError, match=r"capture (hidden|attention)=\(.*from 0 to 1"):
         jaxpr(capture=capture)
+
+
+def test_a_request_is_observed_as_it_is_drawn():
+    """The velocity is that of the request's first step; the picture sees the text, the text does not see it."""
+    generator = tiny.generator()
+    request = Request((tiny.picture(30, 24), "make it blue"), "edit", seed=3)
+    seen = observe(generator, request, BOTH)
+    [result] = generator.generate([request], ImageSettings(num_timesteps=2, cfg_text_scale=1.0))
+    noisy = seen.gen.mode[0] == NOISE
+    start = generator.noise.initial(3, 0, noisy.sum(), tiny.CONFIG.latent_dim)
+    assert tiny.relative(start - seen.velocity[0, noisy], result.latents) < 1e-5
+    text, weights = seen.und.order.shape[1], np.asarray(seen.captured.attention[0, 0])
+    assert seen.captured.hidden[0].shape == (2, 1, text, tiny.CONFIG.decoder.hidden_size)
+    assert (weights[:, text:][:, noisy][:, :, :text] > 0).all()
+    own = seen.und.split[0] < seen.gen.split[0, noisy][0]
+    assert not weights[:, :text][:, own][:, :, text:][:, :, noisy].any()
+    halfway = observe(generator, request, BOTH, latents=result.latents, time=0.5)
+    assert tiny.relative(halfway.velocity[0, noisy], seen.velocity[0, noisy]) > 0.1
+
+
+def test_a_question_is_observed_without_a_picture_to_draw_and_wrong_latents_are_refused():
+    seen = observe(tiny.generator(), Request(("hello there",), "understand"), Capture(attention=(0,)))
+    assert seen.gen.order.shape == (1, 0) and seen.captured.attention.shape[-1] == seen.token_ids.shape[1]
+    with pytest.raises(InputError, match=r"latents have shape \(3, 5\), the request's picture has \(9, 45\)"):
+        observe(tiny.generator(), Request(("a",), size=(18, 18)), BOTH, latents=np.zeros((3, 5), np.float32))

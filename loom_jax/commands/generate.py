@@ -59,6 +59,7 @@ def _parser() -> ArgumentParser:
     add("--temperature", type=float, default=0.0, help="of text; 0 takes the most likely token [0]")
     add("--top-p", type=float, default=1.0, help="draw text from the likeliest tokens that add up to this [1]")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
+    add("--quantize", choices=("int8",), help="keep the decoder's weights as int8: half the memory of bfloat16")
     add("--attention", default="auto", help="attention backend: auto, dense or blockwise [auto]")
     add("--sharding", default="single", metavar="PRESET", help="how weights lie on the devices [single]")
     _add_interleaved(parser)
@@ -105,7 +106,9 @@ def main(argv: list[str]) -> int:
     make_folder(args.out)
     text = api.TextSettings(args.max_new_tokens, args.temperature, args.top_p)
     started = time.perf_counter()
-    generator = api.load(args.checkpoint, preset=args.sharding, dtype=args.dtype, attention=args.attention)
+    generator = api.load(
+        args.checkpoint, preset=args.sharding, dtype=args.dtype, attention=args.attention, quantize=args.quantize
+    )
     loaded = time.perf_counter()
     with _progress(requests[0].task) as on_step:
         results = generator.generate(requests, settings, text, on_step)
@@ -199,6 +202,7 @@ def record(
             "top_p": args.top_p,
         },
         "dtype": args.dtype or jax.numpy.dtype(generator.engine.dtype).name,
+        "quantize": args.quantize,
         "attention": args.attention,
         "timings": timings,
         "compilations": generator.engine.compilations(),

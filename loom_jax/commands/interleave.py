@@ -91,6 +91,7 @@ def _begin(args: argparse.Namespace, given: set[str]) -> SavedWork:
         "text_settings": dataclasses.asdict(text),
         "dtype": args.dtype,
         "attention": args.attention,
+        "quantize": args.quantize,
     }
     return SavedWork.create(args.out, requests, facts)
 
@@ -153,7 +154,12 @@ def _generate(work: SavedWork, todo: Todo, args: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     run, settings = work.record, _settings(work)
-    kinds = {"preset": args.sharding, "dtype": run["dtype"], "attention": run["attention"]}
+    kinds = {
+        "preset": args.sharding,
+        "dtype": run["dtype"],
+        "attention": run["attention"],
+        "quantize": run.get("quantize"),
+    }
     generator = api.load(run["checkpoint"], **kinds, tokens=api.LOOM_TOKENS)
     loaded = time.perf_counter()
     numbers, requests, done = todo

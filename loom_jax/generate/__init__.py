@@ -20,6 +20,7 @@ from loom_jax.generate.interleave import (
     interleave,
 )
 from loom_jax.generate.noise import NoiseSource, SeededNoise
+from loom_jax.generate.observe import Observed, observe
 from loom_jax.generate.reader import Query, Read, Reader, count_branches, make_guidance, text_room
 from loom_jax.generate.requests import (
     TASK_SETTINGS,
@@ -51,6 +52,7 @@ __all__ = [
     "ImageSettings",
     "InterleavedRequest",
     "NoiseSource",
+    "Observed",
     "PlanWritten",
     "Preview",
     "Query",
@@ -89,6 +91,7 @@ __all__ = [
     "is_full",
     "keep_top_p",
     "make_guidance",
+    "observe",
     "render_gallery",
     "since_full",
     "start_context",

@@ -18,7 +18,7 @@ from loom_jax.generate.denoise import denoise, guided_velocity
 from loom_jax.generate.guidance import Guidance, RenormType
 from loom_jax.generate.taylor import Forecast, forecast_velocity, start_forecast
 from loom_jax.generate.text import DecodedText, TextControls, decode_text
-from loom_jax.models import Autoencoder, Backend, LoomModel, to_uint8
+from loom_jax.models import Autoencoder, Backend, Capture, Captured, LoomModel, to_uint8
 
 
 class Denoising(NamedTuple):
@@ -78,6 +78,11 @@ class Engine:
             velocity = make(model, work.contexts, work.streams, work.guidance, branches, renorm, backend)
             return denoise(velocity, x, memory, work.schedule, first, last)
 
+        def look(params: Any, streams: Streams, latents: Any, timesteps: Any, capture: Capture) -> Any:
+            model = nnx.merge(graphdef, params)
+            decoded = model(streams, latents, timesteps, capture=capture, **backend._asdict())
+            return decoded.captured, model.velocity(decoded.gen)
+
         def encode(params: Any, pixels: Any, sizes: Any, noise: Any) -> jax.Array:
             vae = nnx.merge(vae_graphdef, params)
             return vae.sample(vae.encode(pixels, sizes), noise, sizes)
@@ -90,6 +95,7 @@ class Engine:
         self._text = jax.jit(text, static_argnames="buffer")
         self._forecast = jax.jit(forecast, static_argnums=(0, 1))
         self._steps = jax.jit(steps, static_argnames=("branches", "renorm"), donate_argnames="memory")
+        self._look = jax.jit(look, static_argnames="capture")
         self._encode = jax.jit(encode)
         self._decode = jax.jit(decode)
 
@@ -109,6 +115,7 @@ class Engine:
             "text": self._text,
             "forecast": self._forecast,
             "steps": self._steps,
+            "look": self._look,
             "encode": self._encode,
             "decode": self._decode,
         }
@@ -161,6 +168,12 @@ class Engine:
         if not taylorseer:
             return ()
         return self._forecast(work.contexts.length.shape[0], x.shape[1])
+
+    def look(
+        self, streams: Streams, latents: np.ndarray, timesteps: np.ndarray, capture: Capture
+    ) -> tuple[Captured, jax.Array]:
+        """Runs whole documents at timesteps [B, G]; returns what `capture` asks for, and the velocity [B, G, C]."""
+        return self._look(self._params, streams, latents, timesteps, capture=capture)
 
     def lower_denoising(self, work: Denoising, x: Any, branches: int, renorm: RenormType = "global") -> Any:
         """Returns the denoising loop as `jax.stages.Lowered`, for shapes in place of arrays: for plans."""

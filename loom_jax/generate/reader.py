@@ -71,7 +71,7 @@ class Reader:
     def __init__(self, config: LoomConfig, engine: Engine, encoder: Encoder, noise: NoiseSource | None = None):
         self.config, self.engine, self.encoder = config, engine, encoder
         self.noise: NoiseSource = SeededNoise() if noise is None else noise
-        self._tables = Tables.of(config)
+        self.tables = Tables.of(config)
 
     def check_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Returns the size (height, width) of a picture to be made.
@@ -113,7 +113,7 @@ class Reader:
         """
         batch, ends, position, split = self._pack(documents, [LayoutState()] * len(documents))
         capacity = bucket(max(end.order for end in ends) + room)
-        filled = self._fill(batch, latents)
+        filled = self.fill(batch, latents)
         context = self.engine.start(batch.streams, filled, position, split, max(1, capacity))
         return Read(context, ends)
 
@@ -136,7 +136,7 @@ class Reader:
         longest = max(end.order for end in ends)
         if longest > read.context.capacity:
             raise InputError(f"a context of {read.context.capacity} tokens cannot hold {longest}: read with more room")
-        context, _ = self.engine.extend(read.context, batch.streams, self._fill(batch, latents), position, split)
+        context, _ = self.engine.extend(read.context, batch.streams, self.fill(batch, latents), position, split)
         return Read(context, ends)
 
     def _pack(
@@ -151,9 +151,9 @@ class Reader:
         und, gen, vit = (bucket(max(getattr(n, name) for n in [least, *needs])) for name in ("und", "gen", "vit"))
         ends = tuple(row[0].layout.end for row in rows)
         position, split = (np.asarray([getattr(e, f) for e in ends], np.int32) for f in ("position", "split"))
-        return pack(rows, Budget(max(1, und), gen, vit), self._tables), ends, position, split
+        return pack(rows, Budget(max(1, und), gen, vit), self.tables), ends, position, split
 
-    def _fill(self, batch: Batch, latents: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    def fill(self, batch: Batch, latents: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         """Lays latent tokens of every row's images where the gen stream wants them, [B, G, C]."""
         image, cell = batch.latents
         out = np.zeros((*image.shape, self.config.latent_dim), np.float32)
@@ -205,7 +205,7 @@ class Reader:
             for segments, start in zip(images * branches, read.ends, strict=True)
         ]
         cells = [sum(image.grid[0] * image.grid[1] for image in segments) for segments in images]
-        batch = pack(rows, Budget(2, bucket(max(least, *cells)), 0), self._tables)
+        batch = pack(rows, Budget(2, bucket(max(least, *cells)), 0), self.tables)
         noise = np.zeros((len(queries), batch.latents.cell.shape[1], width), np.float32)
         for row, (query, count) in enumerate(zip(queries, cells, strict=True)):
             if query is not None:

@@ -6,9 +6,11 @@ from loom_jax.models.load import LoadedModel, load_folder
 from loom_jax.models.loom import LoomModel
 from loom_jax.models.lora import add_lora, merge_lora
 from loom_jax.models.mot import Backend, Constrain, Decoded, Decoder, KeysValues, MoTLayer, Past, unconstrained
+from loom_jax.models.quantize import QUANTIZATIONS, quantize_decoder
 from loom_jax.models.siglip import Siglip
 
 __all__ = [
+    "QUANTIZATIONS",
     "Autoencoder",
     "Backend",
     "Capture",
@@ -25,6 +27,7 @@ __all__ = [
     "add_lora",
     "load_folder",
     "merge_lora",
+    "quantize_decoder",
     "to_uint8",
     "unconstrained",
 ]

@@ -18,7 +18,7 @@ from loom_jax.nn.flow import (
     velocity_target,
 )
 from loom_jax.nn.keys import Purpose, make_key
-from loom_jax.nn.projection import Projection
+from loom_jax.nn.projection import Projection, quantize_int8
 from loom_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
 from loom_jax.nn.stack import REMAT_POLICIES, scan_layers, stack_layers
 from loom_jax.nn.tpu_attention import tpu_attention
@@ -41,6 +41,7 @@ __all__ = [
     "dense_attention",
     "interpolate",
     "make_key",
+    "quantize_int8",
     "rope_frequencies",
     "rope_tables",
     "scan_layers",

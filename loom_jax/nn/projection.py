@@ -1,7 +1,8 @@
-"""Linear maps that may carry a low-rank adapter."""
+"""Linear maps that may carry a low-rank adapter, or keep their kernel as int8."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,12 +11,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+@functools.partial(jax.jit, static_argnames="axes")
+def quantize_int8(kernel: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns int8 values and float32 scales such that values * scales is near the kernel.
+
+    Symmetric, one scale for each output channel: largest magnitude / 127. No weight moves by more than half its scale.
+
+    Args:
+      axes: input axes, over which a scale is shared; the scales lack them.
+    """
+    kernel = kernel.astype(jnp.float32)
+    largest = jnp.abs(kernel).max(axis=axes, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1.0) / 127
+    return jnp.round(kernel / scale).astype(jnp.int8), scale.squeeze(axes)
+
+
 class Projection(nnx.LinearGeneral):
     """nnx.LinearGeneral with an optional low-rank adapter: y = W x + (alpha / rank) B (A x).
 
+    After `quantize` the kernel is int8 and `kernel_scale` float32 [out...]; products are summed in float32 and scaled
+    then, so that no kernel of floats is ever held but, at most, that of the layer at work. For inference.
     The adapter is absent until `add_adapter` is called. `lora_a` [in, rank] reads the input axes as one, `lora_b`
     [rank, out...] writes the output axes. Source: LoRA, Hu et al. 2021.
     """
+
+    kernel: nnx.Param[jax.Array]
 
     def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
         """Adds an adapter that changes nothing yet (B is zero); stacked layers get one each."""
@@ -34,8 +54,23 @@ class Projection(nnx.LinearGeneral):
         self.kernel[...] = (kernel + delta).astype(kernel.dtype)
         del self.lora_a, self.lora_b, self.lora_scale
 
+    def quantize(self) -> None:
+        """Replaces the kernel by int8 values and scales, see `quantize_int8`; stacked layers have their own scales."""
+        kernel = self.kernel[...]
+        outputs = kernel.ndim - len(self.out_features)
+        values, scale = quantize_int8(kernel, tuple(range(outputs - len(self.in_features), outputs)))
+        self.kernel, self.kernel_scale = nnx.Param(values), nnx.Param(scale)
+
+    def _quantized(self, inputs: jax.Array) -> jax.Array:
+        dtype, inner = self.dtype, len(self.in_features)
+        kernel = self.kernel[...].astype(dtype)
+        out = jnp.tensordot(inputs.astype(dtype), kernel, inner, preferred_element_type=jnp.float32)
+        out = out * self.kernel_scale[...]
+        return (out if self.bias is None else out + self.bias[...]).astype(dtype)
+
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
-        out = super().__call__(inputs, *args, **options)
+        quantized = hasattr(self, "kernel_scale")
+        out = self._quantized(inputs) if quantized else super().__call__(inputs, *args, **options)
         if not hasattr(self, "lora_a"):
             return out
         a, b = (p[...].astype(out.dtype) for p in (self.lora_a, self.lora_b))
