@@ -13,6 +13,7 @@ from PIL import Image
 
 from loom_jax.core import ConfigError, InputError, LoomError
 from loom_jax.data.world import Add, Scene, Thing, apply, draw_example, follow, render
+from loom_jax.document import Method
 from loom_jax.evaluate import (
     METRICS,
     ChatJudge,
@@ -191,6 +192,8 @@ def test_requests_carry_what_is_given():
     assert taken.task == "decompose" and taken.entities is None and taken.images[0].size == (64, 64) == taken.size
     given = WorldSuite(plan="given").request(by_task["tutorial"])
     assert given.plan == by_task["tutorial"].example.plan and given.images == ()
+    unplanned = WorldSuite(plan="given", method=Method(planning=False)).request(by_task["tutorial"])
+    assert unplanned.plan is None and unplanned.num_steps == len(given.plan) and not unplanned.method.planning
 
 
 def test_numbers_of_requests_do_not_depend_on_the_selection():

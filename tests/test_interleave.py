@@ -16,11 +16,13 @@ from loom_jax.data import DropoutConfig
 from loom_jax.data.reader import drop_conditions
 from loom_jax.document import (
     LOOM_TOKENS,
+    WHOLE,
     Condition,
     EncodedSegment,
     HistoryPolicy,
     ImageTokens,
     LayoutState,
+    Method,
     Shown,
     TextTokens,
     Turn,
@@ -124,15 +126,22 @@ class Spy(Generator):
 
 
 @functools.cache
-def generated():
+def generated(method=WHOLE):
     """Turn 4 of a sequence whose frames 1 and 3 it sees: for each branch its segments with their layouts, in order."""
     pictures = tuple(tiny.picture(24, 24, seed) for seed in (7, 8, 9))
     given = tiny.picture(24, 30, 5)
     request = InterleavedRequest(
-        "build a hut", images=(given,), plan=PLAN, size=(24, 24), seed=3, history=HistoryPolicy.parse("uniform(2)")
+        "build a hut",
+        images=(given,),
+        plan=PLAN if method.planning else None,
+        num_steps=None if method.planning else 4,
+        size=(24, 24),
+        seed=3,
+        history=HistoryPolicy.parse("uniform(2)"),
+        method=method,
     )
     spy = loom(Spy)
-    events = run([request], spy, done={0: Done(PLAN, pictures)})
+    events = run([request], spy, done={0: Done(PLAN if method.planning else (), pictures)})
     [last] = frames(events)
     assert last.turn == 4 and last.history == (1, 3)
     special, branches = spy.encoder.special, []
@@ -147,13 +156,13 @@ def generated():
     return given, pictures, last.image, branches
 
 
-def trained(learn_plan, dropout):
+def trained(learn_plan, dropout, method=WHOLE):
     """The training document of the same frames; texts or pictures dropped as training drops them."""
-    given, pictures, made, _ = generated()
+    given, pictures, made, _ = generated(method)
     turns = [Turn(k, PLAN[k - 1], Shown(image)) for k, image in ((1, pictures[0]), (3, pictures[2]), (4, made))]
-    prompt = plan_prompt("tutorial", "build a hut", None)
-    start = prologue([Condition(Shown(given))], prompt, format_plan(PLAN), learn_plan)
-    encoded = loom_encoder().encode([*start, *learned_frames(turns)])
+    prompt = plan_prompt("tutorial", "build a hut", None if method.planning else 4)
+    start = prologue([Condition(Shown(given))], prompt, format_plan(PLAN), learn_plan, method)
+    encoded = loom_encoder().encode([*start, *learned_frames(turns, method)])
     return drop_conditions(encoded, dropout, np.random.default_rng(0))
 
 
@@ -170,17 +179,26 @@ def joined(layouts, field):
 
 # A plan that is learned is never dropped: the branch without text is trained by documents that are given one.
 @pytest.mark.parametrize(
-    ("branch", "learn_plan"),
-    [("cond", True), ("cond", False), ("no_text", False), ("no_image", True), ("no_image", False)],
+    ("branch", "learn_plan", "method"),
+    [
+        ("cond", True, WHOLE),
+        ("cond", False, WHOLE),
+        ("no_text", False, WHOLE),
+        ("no_image", True, WHOLE),
+        ("no_image", False, WHOLE),
+        ("cond", True, Method(planning=False)),
+        ("cond", True, Method(time_tokens=False)),
+        ("no_text", False, Method(planning=False, time_tokens=False)),
+    ],
 )
-def test_training_and_generation_have_the_same_tokens_positions_and_mask(branch, learn_plan):
+def test_training_and_generation_have_the_same_tokens_positions_and_mask(branch, learn_plan, method):
     """Token by token, for all tokens that both have: training also has the noisy copies of the history."""
     row, dropout = BRANCHES[branch]
-    document = trained(learn_plan, dropout)
+    document = trained(learn_plan, dropout, method)
     layout = lay_out(document, loom_encoder().special)
     noisy = [i for i, s in enumerate(document) if isinstance(s, ImageTokens) and s.role == "noisy"]
     kept = ~np.isin(layout.segment, noisy[:-1])  # nobody but themselves sees those
-    segments, layouts = generated()[3][row]
+    segments, layouts = generated(method)[3][row]
     for field in ("token_ids", "cell", "is_gen"):
         expected = np.concatenate([getattr(part, field) for part in layouts])
         np.testing.assert_array_equal(getattr(layout, field)[kept], expected)
@@ -197,6 +215,15 @@ def same_pixels(trained_segments: list[EncodedSegment], read: list[EncodedSegmen
         if isinstance(a, ImageTokens):
             assert isinstance(b, ImageTokens) and a.role == b.role
             np.testing.assert_array_equal(a.pixels, b.pixels)
+
+
+def test_without_planning_the_request_says_how_many_frames_there_are():
+    without = {"size": (18, 24), "method": Method(planning=False)}
+    bad = [InterleavedRequest("draw a pot", **without), InterleavedRequest("draw a pot", plan=PLAN, **without)]
+    events = run([*bad, InterleavedRequest("draw a pot", num_steps=2, **without)])
+    assert set(failures(events)) == {0, 1} and all("num_steps" in reason for reason in failures(events).values())
+    assert [(frame.request, frame.turn, frame.step) for frame in frames(events, 2)] == [(2, 1, None), (2, 2, None)]
+    assert not any(isinstance(event, PlanWritten) for event in events)
 
 
 def test_no_later_token_of_training_sees_a_noisy_frame():

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 
 from loom_jax.core import ConfigError, InputError, LoomError, from_mapping
-from loom_jax.data import DataConfig, SyntheticRows, make_pipeline, merge_states, t2i, write_moments
+from loom_jax.data import (
+    Address,
+    DataConfig,
+    MixtureEntry,
+    Reader,
+    SyntheticRows,
+    make_pipeline,
+    merge_states,
+    t2i,
+    write_moments,
+)
 from loom_jax.data.order import Order
-from loom_jax.document import unit_range
+from loom_jax.document import ImageTokens, Method, unit_range
 from tests.data import TABLES, data_config, encoder, pipeline
 from tests.reference import CKPT
 
@@ -193,6 +203,25 @@ def test_raw_pixels_are_the_others_once_normalised():
     plain, raw = encoder().encode(segments)[1], encoder().encode(segments, raw=True)[1]
     assert raw.pixels.dtype == np.uint8
     np.testing.assert_array_equal(unit_range(raw.pixels), plain.pixels)
+
+
+def test_options_of_documents_reach_them():
+    def documents(count=12, **changes):
+        entry = {"name": "a", "source": "synthetic", "recipe": "tutorial", **changes.pop("entry", {})}
+        config = dataclasses.replace(data_config(), mixture=(from_mapping(MixtureEntry, entry),), **changes)
+        reader = Reader(config, [SyntheticRows("tutorial")], encoder())
+        return [reader.document(Address(k, 0, 0, k)) for k in range(count)]
+
+    def noisy(documents):
+        return [sum(isinstance(s, ImageTokens) and s.role == "noisy" for s in d.segments) for d in documents]
+
+    plain = documents()
+    assert noisy(documents(entry={"noisy_copies": 3})) == [3 * count for count in noisy(plain)]
+    assert max(noisy(plain)) > 1 and set(noisy(documents(history="none"))) == {1}
+    shorter = documents(method=Method(planning=False))
+    assert all(len(a.segments) < len(b.segments) for a, b in zip(shorter, plain, strict=True))
+    with pytest.raises(ConfigError, match="uniform"):
+        dataclasses.replace(data_config(), history="evenly")
 
 
 class WithMoments:

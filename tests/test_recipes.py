@@ -10,7 +10,7 @@ from PIL import Image
 from loom_jax.converters.parity.rows import Scripted
 from loom_jax.data import RECIPES, BadRow, DropoutConfig, RowCounts, composition, edit, open_source, t2i, tutorial, vlm
 from loom_jax.data.reader import drop_conditions
-from loom_jax.document import ImageTokens, Text, TextTokens, parse_steps, plan_prompt
+from loom_jax.document import HistoryPolicy, ImageTokens, Method, Text, TextTokens, parse_steps, plan_prompt
 from tests.reference import golden_json
 
 RNG = np.random.default_rng
@@ -85,6 +85,24 @@ def test_tutorial_plans_first_and_shows_earlier_frames():
     assert longest[2:7] == ("<|turn_1|>", "a?", "noisy 1*", "clean 1?", "vit 1?")
     given = outline(RECIPES["tutorial_frames"].build(TUTORIAL, RNG(0)))
     assert given[1] == plan + "?" and given[-1].startswith("noisy")
+
+
+def test_what_the_method_leaves_out_is_not_in_the_document():
+    def made(recipe, row, **options):
+        return outline(RECIPES[recipe].build(row, RNG(3), **options))
+
+    whole = made("tutorial", TUTORIAL)
+    turns = [o for o in whole if o.startswith("<|turn")]
+    assert turns and made("tutorial", TUTORIAL, method=Method(time_tokens=False)) == [
+        o for o in whole if o not in turns
+    ]
+    unplanned = made("tutorial", TUTORIAL, method=Method(planning=False))
+    assert unplanned[0] == f"{plan_prompt('tutorial', 'rice', 4)}?"
+    assert not any(o.startswith(("Step", "a?", "b?", "c?", "d?")) for o in unplanned)
+    row = {"image_list": [png(k) for k in (1, 2)], "instruction_list": ["<style> please"]}
+    assert made("style", row, method=Method(entity_tokens=False)) == made("style", row)[1:]
+    last = [made("tutorial", TUTORIAL, history=HistoryPolicy("none", 0)) for _ in range(3)]
+    assert all(sum(o.startswith("noisy") for o in document) == 1 for document in last)
 
 
 def test_a_tutorial_from_an_image_is_given_its_last_frame_or_what_the_row_gives():

@@ -20,6 +20,7 @@ NAME = "loom evaluate"
 SUITES = ("world", "judge")
 TASKS = ("tutorial", "image_tutorial", "composition", "decomposition", "style")
 SPLITS = ("train", "test", "long")
+PARTS = ("planning", "time_tokens", "entity_tokens")
 FOR_JUDGE = ("work", "judge", "judge_url", "judge_model")
 EPILOG = """examples:
   loom evaluate --suite world --checkpoint world_tiny --out out/scores
@@ -46,6 +47,7 @@ def _parser() -> ArgumentParser:
     add("--batch", type=int, default=16, metavar="N", help="requests at once [16]")
     add("--plan", choices=("written", "given"), default="written", help="who writes the plans [written, by the model]")
     add("--history", metavar="POLICY", help="which frames a frame sees: none, all, last(k), uniform(k), random(k)")
+    add("--without", action="append", choices=PARTS, help="part of the method that it was trained without; repeatable")
     add("--steps", type=int, metavar="N", help="points of the schedule: N-1 evaluations [50]")
     add("--cfg-text-scale", type=float, metavar="A", help="guidance by text; 1 turns all guidance off [4]")
     add("--cfg-img-scale", type=float, metavar="B", help="guidance by pictures [2]")
@@ -117,12 +119,13 @@ def _run_world(args: argparse.Namespace) -> int:
 
 
 def _suite(args: argparse.Namespace) -> WorldSuite:
-    from loom_jax.document import HistoryPolicy
+    from loom_jax.document import HistoryPolicy, Method
     from loom_jax.evaluate import WorldSuite
 
     chosen = {"tasks": tuple(args.task or TASKS), "splits": tuple(args.split or SPLITS[1:])}
     history = None if args.history is None else HistoryPolicy.parse(args.history)
-    return WorldSuite(**chosen, count=args.count, seed=args.seed, plan=args.plan, history=history)
+    method = Method(**dict.fromkeys(args.without or (), False))
+    return WorldSuite(**chosen, count=args.count, seed=args.seed, plan=args.plan, history=history, method=method)
 
 
 def _check_tokenizer(tokenizer: Any, checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from loom_jax.core import ConfigError
 from loom_jax.data.packing import Budget
-from loom_jax.document import ImageTransform, Weighting
+from loom_jax.document import HistoryPolicy, ImageTransform, Method, Weighting
 
 SourceKind = Literal["parquet", "jsonl", "folders", "array_record", "synthetic", "world"]
 
@@ -94,6 +94,8 @@ class DataConfig:
       buffer: documents that each worker holds ready.
       max_bad_share, min_rows: more than this share of bad rows, after so many rows, stops the run.
       latents: encode VAE images on the fly ("pixels"), or read what `loom data encode` stored ("moments").
+      method: parts of Loom's method that interleaved documents are made with.
+      history: policy by which their earlier frames are chosen, such as `last(1)`; by default each recipe's own.
       weighting: weights of the labels of a text by its length, for losses that are reweighted.
     """
 
@@ -110,9 +112,13 @@ class DataConfig:
     max_bad_share: float = 0.05
     min_rows: int = 200
     latents: Literal["pixels", "moments"] = "pixels"
+    method: Method = Method()
+    history: str | None = None
     weighting: Weighting = "square"
 
     def __post_init__(self) -> None:
+        if self.history is not None:
+            HistoryPolicy.parse(self.history)
         if not self.mixture:
             raise ConfigError("the mixture is empty: name at least one data set")
         names = [entry.name for entry in self.mixture]

@@ -15,7 +15,16 @@ from loom_jax.data.order import Address
 from loom_jax.data.packing import Packable
 from loom_jax.data.recipes import RECIPES, Recipe
 from loom_jax.data.sources import Row, Source
-from loom_jax.document import EncodedSegment, Encoder, ImageTokens, Picture, Segment, drop_segments, lay_out
+from loom_jax.document import (
+    EncodedSegment,
+    Encoder,
+    HistoryPolicy,
+    ImageTokens,
+    Picture,
+    Segment,
+    drop_segments,
+    lay_out,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,9 @@ class Reader:
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], encoder: Encoder):
         self._config, self._sources = config, list(sources)
+        self._options: dict[str, Any] = {"method": config.method}
+        if config.history is not None:
+            self._options["history"] = HistoryPolicy.parse(config.history)
         self._recipes = [find_recipe(entry.recipe) for entry in config.mixture]
         self._encoders = [
             dataclasses.replace(
@@ -74,7 +86,9 @@ class Reader:
         entry = address.entry
         rng = np.random.default_rng((self._config.seed, entry, address.epoch, address.row))
         recipe, encoder = self._recipes[entry], self._encoders[entry]
-        segments = repeat_noisy(recipe.build(self.read(address), rng), self._config.mixture[entry].noisy_copies)
+        given = {name: value for name, value in self._options.items() if name in recipe.options}
+        segments = recipe.build(self.read(address), rng, **given)
+        segments = repeat_noisy(segments, self._config.mixture[entry].noisy_copies)
         images = sum(isinstance(segment, Picture) for segment in segments)
         try:
             encoded = encoder.encode(segments, img_num=max(images, 1) if recipe.shares_area else 1, raw=True)

@@ -23,9 +23,11 @@ from loom_jax.data.config import DropoutConfig
 from loom_jax.document import (
     ENTITY_TOKENS,
     LOOM_TOKENS,
+    WHOLE,
     Condition,
     HistoryPolicy,
     InterleavedTask,
+    Method,
     Picture,
     Segment,
     Shown,
@@ -40,7 +42,7 @@ from loom_jax.document import (
 )
 
 Row = Mapping[str, Any]
-Build = Callable[[Row, np.random.Generator], list[Segment]]
+Build = Callable[..., list[Segment]]
 
 PER_SEGMENT = DropoutConfig()
 TOGETHER = DropoutConfig(text=0.1, clean=0.1, vit=0.1, together=True)
@@ -54,16 +56,18 @@ class Recipe:
     """How rows become documents.
 
     Attributes:
-      build: row, generator -> segments.
+      build: row, generator -> segments; also takes what `options` names.
       dropout: probabilities where the configuration gives none.
       shares_area: the images of a document share one bound on their area (`img_num` of the encoder).
       tokens: that the tokenizer must know.
+      options: of `DataConfig`, handed to `build`: `method` and `history`.
     """
 
     build: Build
     dropout: DropoutConfig = PER_SEGMENT
     shares_area: bool = False
     tokens: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def t2i(row: Row, rng: np.random.Generator) -> list[Segment]:
@@ -140,6 +144,7 @@ def tutorial(
     history: HistoryPolicy = HISTORY,
     learn_plan: bool = True,
     condition: Literal["given", "first", "last"] = "given",
+    method: Method = WHOLE,
 ) -> list[Segment]:
     """Interleaved output: conditions, prompt, plan, then frames, each after its time token and step text.
 
@@ -155,6 +160,7 @@ def tutorial(
       learn_plan: learn the whole plan, which is then never dropped; else it is given, and drops with the other texts.
       condition: where there is no `condition_list`: nothing is given; or the first picture, which is then no frame; or
         the last frame, which is one.
+      method: what is left out of the document.
     """
     instruction, plan = _texts(row, 2)
     frames, steps = _pictures(row, "image_list"), parse_steps(plan)
@@ -169,15 +175,15 @@ def tutorial(
         raise BadRow("more frames than time tokens", f"{len(frames)} frames, {len(TURNS)} tokens")
     if not all(steps):
         raise BadRow("empty text", f"a step of the plan {plan[:80]!r}")
-    count = len(steps) if rng.integers(2) else None
+    # Without a plan nothing else says how many there are to be.
+    count = len(steps) if rng.integers(2) or not method.planning else None
     chosen = history.choose_subset(len(frames), rng)
-    start = prologue(
-        [Condition(image) for image in conditions], plan_prompt(task, instruction, count), plan, learn_plan
-    )
-    return [*start, *learned_frames([Turn(k + 1, steps[k], frames[k]) for k in chosen])]
+    prompt = plan_prompt(task, instruction, count)
+    start = prologue([Condition(image) for image in conditions], prompt, plan, learn_plan, method)
+    return [*start, *learned_frames([Turn(k + 1, steps[k], frames[k]) for k in chosen], method)]
 
 
-def composition(row: Row, rng: np.random.Generator) -> list[Segment]:
+def composition(row: Row, rng: np.random.Generator, method: Method = WHOLE) -> list[Segment]:
     """Interleaved input: images, each after the token of its role, an instruction that refers to them, and the result.
 
     The images are those of `image_list` but for the last, which is the result; their roles stand in `entity_list`, or
@@ -194,9 +200,11 @@ def composition(row: Row, rng: np.random.Generator) -> list[Segment]:
     if len(roles) != len(conditions) or not all(role is None or role in ENTITY_TOKENS for role in roles):
         raise BadRow("unknown entity token", f"roles {list(roles)} for {len(conditions)} images")
     given = [Condition(image, role) for image, role in zip(conditions, roles, strict=True)]
-    return [*prologue(given, instruction), *learned_frames([Turn(None, None, target)])]
+    return [*prologue(given, instruction, method=method), *learned_frames([Turn(None, None, target)])]
 
 
+_PLANNED: dict[str, Any] = {"dropout": TOGETHER, "tokens": TURNS, "options": ("method", "history")}
+_COMPOSED: dict[str, Any] = {"dropout": TOGETHER, "tokens": ENTITY_TOKENS, "options": ("method",)}
 _image_tutorial = partial(tutorial, condition="last")
 _decomposition = partial(tutorial, task="decompose", history=HistoryPolicy("none", 0), condition="first")
 
@@ -204,14 +212,14 @@ RECIPES: dict[str, Recipe] = {
     "t2i": Recipe(t2i),
     "edit": Recipe(edit),
     "vlm": Recipe(vlm, shares_area=True),
-    "tutorial": Recipe(tutorial, TOGETHER, tokens=TURNS),
-    "tutorial_frames": Recipe(partial(tutorial, learn_plan=False), TOGETHER, tokens=TURNS),
-    "image_tutorial": Recipe(_image_tutorial, TOGETHER, tokens=TURNS),
-    "image_tutorial_frames": Recipe(partial(_image_tutorial, learn_plan=False), TOGETHER, tokens=TURNS),
-    "decomposition": Recipe(_decomposition, TOGETHER, tokens=TURNS),
-    "decomposition_frames": Recipe(partial(_decomposition, learn_plan=False), TOGETHER, tokens=TURNS),
-    "composition": Recipe(composition, TOGETHER, tokens=ENTITY_TOKENS),
-    "style": Recipe(composition, TOGETHER, tokens=ENTITY_TOKENS),
+    "tutorial": Recipe(tutorial, **_PLANNED),
+    "tutorial_frames": Recipe(partial(tutorial, learn_plan=False), **_PLANNED),
+    "image_tutorial": Recipe(_image_tutorial, **_PLANNED),
+    "image_tutorial_frames": Recipe(partial(_image_tutorial, learn_plan=False), **_PLANNED),
+    "decomposition": Recipe(_decomposition, **_PLANNED),
+    "decomposition_frames": Recipe(partial(_decomposition, learn_plan=False), **_PLANNED),
+    "composition": Recipe(composition, **_COMPOSED),
+    "style": Recipe(composition, **_COMPOSED),
 }
 """Every recipe by the name that configurations use.
 

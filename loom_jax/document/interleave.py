@@ -37,6 +37,24 @@ ENTITY_TOKENS = (
 PLANNED: tuple[InterleavedTask, ...] = ("tutorial", "decompose")
 """Tasks whose frames follow a plan; the others make one picture."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Which parts of Loom's method a sequence is made with: all, unless one is left out to see what it does.
+
+    Attributes:
+      planning: the plan, and the text of its step before each frame; without it the instruction alone says what comes.
+      time_tokens: a token before each frame that says which one it is.
+      entity_tokens: a token before each condition picture that says what role it has.
+    """
+
+    planning: bool = True
+    time_tokens: bool = True
+    entity_tokens: bool = True
+
+
+WHOLE = Method()
+
 _PLAN_PROMPTS = {
     "tutorial": 'Write a tutorial with pictures: "{instruction}".{count} Answer: Step1: ..., Step2: ...',
     "decompose": 'Take the picture apart: "{instruction}".{count} Answer: Step1: ..., Step2: ...',
@@ -104,45 +122,49 @@ class Turn:
 
 
 def prologue(
-    conditions: Sequence[Condition], prompt: str, plan: str | None = None, learn_plan: bool = False
+    conditions: Sequence[Condition],
+    prompt: str,
+    plan: str | None = None,
+    learn_plan: bool = False,
+    method: Method = WHOLE,
 ) -> list[Segment]:
     """Returns what stands before the first frame. A plan that is learned is never dropped."""
     out: list[Segment] = []
     for condition in conditions:
-        if condition.token is not None:
+        if condition.token is not None and method.entity_tokens:
             out.append(Text(condition.token))
         out += condition.picture.as_condition()
     out.append(Text(prompt, droppable=True))
-    if plan is not None:
+    if plan is not None and method.planning:
         out.append(Text(plan, loss=learn_plan, droppable=not learn_plan))
     return out
 
 
-def heading(turn: Turn) -> list[Segment]:
+def heading(turn: Turn, method: Method = WHOLE) -> list[Segment]:
     """Returns what stands before a frame: time token and step text, each a text of its own."""
     out: list[Segment] = []
-    if turn.number is not None:
+    if turn.number is not None and method.time_tokens:
         out.append(Text(time_token(turn.number)))
-    if turn.step is not None:
+    if turn.step is not None and method.planning:
         out.append(Text(turn.step, droppable=True))
     return out
 
 
-def history(turns: Sequence[Turn]) -> list[Segment]:
+def history(turns: Sequence[Turn], method: Method = WHOLE) -> list[Segment]:
     """Returns finished frames as later ones see them."""
     out: list[Segment] = []
     for turn in turns:
         assert turn.picture is not None
-        out += [*heading(turn), *turn.picture.as_condition()]
+        out += [*heading(turn, method), *turn.picture.as_condition()]
     return out
 
 
-def learned_frames(turns: Sequence[Turn]) -> list[Segment]:
+def learned_frames(turns: Sequence[Turn], method: Method = WHOLE) -> list[Segment]:
     """Returns frames of a training document: each to be generated, and then, but for the last, as later ones see it."""
     out: list[Segment] = []
     for place, turn in enumerate(turns):
         assert turn.picture is not None
-        out += [*heading(turn), *turn.picture.as_roles("noisy")]
+        out += [*heading(turn, method), *turn.picture.as_roles("noisy")]
         if place < len(turns) - 1:
             out += turn.picture.as_condition()
     return out

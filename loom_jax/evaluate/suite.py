@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from loom_jax.core import ConfigError
 from loom_jax.data.world import SIDE, SPLITS, TASKS, Example, Split, WorldTask, draw_example, render
-from loom_jax.document import HistoryPolicy, InterleavedTask, to_rgb
+from loom_jax.document import HistoryPolicy, InterleavedTask, Method, to_rgb
 from loom_jax.evaluate.metrics import Outcome
 from loom_jax.generate import Event, FrameMade, InterleavedRequest, PlanWritten, RequestFailed
 
@@ -40,6 +40,8 @@ class WorldSuite:
       seed: of the examples, other than that of training.
       plan: whether the model writes the plan, or is given the right one.
       history: which earlier frames a frame sees; by default each task's own.
+      method: parts of Loom's method that the model was trained with. Without planning it is told how many frames there
+        are to be.
 
     Raises:
       ConfigError: a task, a split or a number is not possible.
@@ -51,6 +53,7 @@ class WorldSuite:
     seed: int = 1000
     plan: Literal["written", "given"] = "written"
     history: HistoryPolicy | None = None
+    method: Method = Method()
 
     def __post_init__(self) -> None:
         for kind, given, known in (("task", self.tasks, TASKS), ("split", self.splits, SPLITS)):
@@ -76,15 +79,18 @@ class WorldSuite:
         """Returns the request of an example; its seed is the number of the example."""
         example = outcome.example
         entities = tuple(token for token, _ in example.conditions)
+        given = self.plan == "given" and self.method.planning
         return InterleavedRequest(
             instruction=example.instruction,
             task=GENERATED_AS[example.task],
             images=tuple(condition_pictures(example)),
             entities=entities if any(entities) else None,
-            plan=example.plan if example.steps and self.plan == "given" else None,
+            plan=example.plan if example.steps and given else None,
+            num_steps=len(example.steps) if example.steps and not self.method.planning else None,
             size=(SIDE, SIDE),
             seed=outcome.number,
             history=self.history if example.steps else None,
+            method=self.method,
         )
 
 

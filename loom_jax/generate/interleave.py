@@ -25,6 +25,7 @@ from loom_jax.document import (
     Encoder,
     HistoryPolicy,
     InterleavedTask,
+    Method,
     Segment,
     Shown,
     TextTokens,
@@ -65,6 +66,8 @@ class InterleavedRequest:
       size: (height, width) of every frame; by default that of the last condition picture, or 1024 x 1024.
       seed: of all randomness.
       history: which earlier frames a frame sees; by default uniform(2), for decompositions none.
+      method: parts of Loom's method that it is made with: those that the model was trained with. Without planning
+        `num_steps` says how many frames there are.
     """
 
     instruction: str
@@ -76,6 +79,7 @@ class InterleavedRequest:
     size: tuple[int, int] | None = None
     seed: int = 0
     history: HistoryPolicy | None = None
+    method: Method = Method()
 
     @property
     def policy(self) -> HistoryPolicy:
@@ -176,8 +180,12 @@ class _Story:
         return self.request.task in PLANNED
 
     @property
+    def has_plan(self) -> bool:
+        return self.planned and self.request.method.planning
+
+    @property
     def asks_for_plan(self) -> bool:
-        return self.planned and self.request.plan is None
+        return self.has_plan and self.request.plan is None
 
     def has(self, turn: int) -> bool:
         """Whether the request has such a turn, made or not."""
@@ -202,9 +210,10 @@ class _Story:
         """What stands before the first frame; with the plan, if it is known."""
         request = self.request
         if not self.planned:
-            return prologue(self.conditions, request.instruction)
+            return prologue(self.conditions, request.instruction, method=request.method)
         prompt = plan_prompt(request.task, request.instruction, request.num_steps)
-        return prologue(self.conditions, prompt, format_plan(self.texts()) if self.steps else None)
+        plan = format_plan(self.texts()) if self.steps else None
+        return prologue(self.conditions, prompt, plan, method=request.method)
 
     def choose(self, turn: int) -> list[int]:
         """The frames before `turn` that it sees, as indices; drawn from the request's seed and the turn alone."""
@@ -267,6 +276,10 @@ class Interleaver:
             story.steps = [None]
             if request.plan is not None or request.num_steps is not None:
                 raise InputError(f"task {request.task!r} makes one picture: it takes neither a plan nor num_steps")
+        elif not request.method.planning:
+            if request.plan is not None or request.num_steps is None:
+                raise InputError("without planning a request takes no plan, and num_steps says how many frames it has")
+            story.steps = [None] * request.num_steps
         elif request.plan is not None or earlier.steps:
             story.steps = list(earlier.steps or request.plan or ())
             self._check_steps(story.texts())
@@ -346,7 +359,7 @@ class Interleaver:
         if self.revise is None:
             return
         for story in stories:
-            if not story.live(turn) or not story.planned:
+            if not story.live(turn) or not story.has_plan:
                 continue
             steps = self.revise(story.number, turn, story.texts())
             revised = story.texts() if steps is None else (*story.texts()[: turn - 1], *steps[turn - 1 :])
@@ -400,14 +413,14 @@ class Interleaver:
         kept, story.encoded = story.encoded, {}  # of the frames of the last turn only: memory stays flat
         for index in chosen:
             if index not in kept:
-                document = encode(history([story.turns[index]]))
+                document = encode(history([story.turns[index]], story.request.method))
                 # Frames are numbered after the condition pictures: each has its own posterior noise.
                 first = len(story.request.images) + index
                 kept[index] = document, self.reader.latent_tokens(document, story.request.seed, first)
             story.encoded[index] = kept[index]
         segments = [segment for index in chosen for segment in kept[index][0]]
         latents = tuple(tokens for index in chosen for tokens in kept[index][1])
-        return segments + encode(heading(story.heading(turn))), latents
+        return segments + encode(heading(story.heading(turn), story.request.method)), latents
 
     def _fork(
         self,
@@ -448,8 +461,8 @@ class Interleaver:
         )
         turns = range(1, min(max(4, 1 << (turn - 1).bit_length()), len(story.steps)) + 1)
         texts = [
-            sum(len(text.ids) + 2 for text in encoder.encode(heading(story.heading(t))) if isinstance(text, TextTokens))
-            for t in turns
+            sum(len(text.ids) + 2 for text in encoder.encode(heading) if isinstance(text, TextTokens))
+            for heading in (heading(story.heading(t), story.request.method) for t in turns)
         ]
         chosen = [story.choose(t) for t in turns]
         # The markers of a picture are und tokens, like what the ViT sees of it.

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from PIL import Image as PILImage
 
 from loom_jax.core import ImageError, InputError, LoomError
-from loom_jax.document import PLANNED, HistoryPolicy, InterleavedTask, open_image, to_rgb
+from loom_jax.document import PLANNED, HistoryPolicy, InterleavedTask, Method, open_image, to_rgb
 from loom_jax.generate.interleave import Done, Event, FrameMade, InterleavedRequest, PlanWritten, Preview, RequestFailed
 
 RECORD = "result.json"
@@ -57,6 +57,7 @@ _FIELDS: dict[str, _Check] = {
     "frames": _listed(lambda frame: isinstance(frame, dict) and _wrong(frame, _FRAME) is None),
 }
 """What an entry holds, and whether a value may stand there."""
+_PARTS = {field.name: bool for field in dataclasses.fields(Method)}
 _ASKED: dict[str, _Check] = {
     "plan": _either(_nothing, _listed(_text)),
     "num_steps": _is(int, type(None)),
@@ -64,6 +65,7 @@ _ASKED: dict[str, _Check] = {
     "seed": _number,
     "history": _is(str, type(None)),
     "policy": _text,
+    "method": lambda method: isinstance(method, dict) and {k: type(v) for k, v in method.items()} == _PARTS,
 }
 """What an entry holds besides, if its request could be read."""
 _FRAME: dict[str, _Check] = {
@@ -174,6 +176,7 @@ class SavedWork:
         asked = {"source": None} | {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
         history = None if request.history is None else str(request.history)
         asked |= {"images": names, "history": history, "policy": str(request.policy)}
+        asked |= {"method": dataclasses.asdict(request.method)}
         return {"number": number, **asked, **made}
 
     def requests(self) -> tuple[list[int], list[InterleavedRequest], dict[int, Done]]:
@@ -212,6 +215,7 @@ class SavedWork:
             size=listed("size"),
             seed=entry["seed"],
             history=None if entry["history"] is None else HistoryPolicy.parse(entry["history"]),
+            method=Method(**entry["method"]),
         )
 
     def _read_done(self, entry: dict[str, Any]) -> Done:
