@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image as PILImage
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,19 +32,18 @@ def commands(page: Path) -> list[list[str]]:
     return [words for words in lines if words and (words[0] == "loom" or words[:2] == ["python", "-m"])]
 
 
-def script(page: Path) -> str:
-    """What a reader would type who takes the page from top to bottom."""
-    typed = {"bash": "{}", "python": "python - <<'END'\n{}END\n"}
-    return "set -eux\n" + "\n".join(
-        typed[language].format(text) for language, text in blocks(page) if language in typed
-    )
+def script(text: str) -> str:
+    """What a reader would type who takes a page from top to bottom."""
+    typed = {"bash": "{}", "": "{}", "python": "python - <<'END'\n{}END\n"}
+    parts = [typed[language].format(code) for language, code in BLOCK.findall(text) if language in typed]
+    return "\n".join(["set -eux", *parts])
 
 
-def follow(page: Path, checkout: Path, minutes: float) -> str:
-    """Runs a page in a checkout; returns what was said."""
+def follow(text: str, checkout: Path, minutes: float) -> str:
+    """Runs the blocks of a page in a checkout; returns what was said."""
     environ = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    command = ["bash", "-c", script(page)]
+    command = ["bash", "-c", script(text)]
     done = subprocess.run(
         command,
         cwd=checkout,
@@ -69,7 +69,12 @@ def test_the_manual_builds_without_warnings(tmp_path):
     environ = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    for page, shown in (("api", "load"), ("launch", "JobDescription"), ("converters", "to_orbax"), ("nn", "attention_weights")):
+    for page, shown in (
+        ("api", "load"),
+        ("launch", "JobDescription"),
+        ("converters", "to_orbax"),
+        ("nn", "attention_weights"),
+    ):
         html = (tmp_path / "site" / "reference" / page / "index.html").read_text(encoding="utf-8")
         assert re.search(rf'id="[a-z_.]+\.{shown}"', html), f"reference/{page} does not show {shown}"
 
@@ -97,7 +102,7 @@ def test_commands_in_the_manual_have_the_flags_they_show():
 @pytest.mark.slow
 def test_the_way_of_a_newcomer(clone):
     """A clean clone, `make demo`, and every block of the quickstart."""
-    quickstart = clone / "docs" / "quickstart.md"
+    quickstart = (clone / "docs" / "quickstart.md").read_text(encoding="utf-8")
     assert "make demo" in script(quickstart)
     follow(quickstart, clone, minutes=60)
     for made in ("out/demo/edit/image_0.png", "out/circle/image_0.png", "out/circle/python_1.png"):
@@ -111,8 +116,25 @@ def test_fine_tuning_on_own_data(tmp_path, monkeypatch):
     """Every block of the page on fine-tuning, in a folder with nothing but the recipes."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    follow(ROOT / "docs" / "finetune.md", tmp_path, minutes=60)
+    follow((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8"), tmp_path, minutes=60)
     assert (tmp_path / "rows.html").stat().st_size > 10_000
     assert (tmp_path / "runs" / "mine" / "checkpoints" / "4").is_dir()
     assert len(list((tmp_path / "out" / "mine").rglob("turn_*.png"))) == 2
     assert (tmp_path / "out" / "mine" / "gallery.html").is_file()
+
+
+@pytest.mark.slow
+def test_converting_and_generating_as_the_readme_does(tmp_path, monkeypatch):
+    """With the tiny release in place of the published one, under its name."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shutil.copytree(ROOT / "tests" / "assets" / "bagel_tiny", tmp_path / "BAGEL-7B-MoT")
+    PILImage.new("RGB", (96, 64), "teal").save(tmp_path / "cat.png")
+    sections = re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    chosen = [section for section in sections if section.startswith(("Convert a checkpoint\n", "Generate\n"))]
+    assert len(chosen) == 2
+    follow("".join(chosen), tmp_path, minutes=60)
+    assert (tmp_path / "BAGEL-again" / "ema.safetensors").is_file()
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+    dogs = {f"out/dog/image_{number}.png" for number in range(4)}
+    assert made >= dogs | {"out/boat/image_0.png", "boat_3.png"}
+    assert (tmp_path / "out" / "what" / "text_0.txt").is_file()
