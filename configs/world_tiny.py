@@ -81,9 +81,9 @@ def get_config() -> ml_collections.ConfigDict:
         for name, weight in WEIGHTS.items()
     ]
     shape = {
-        "rows": 2,
-        "budget": {"und": 1280, "gen": 1280, "vit": 320},
-        "canvases": [{"height": 64, "width": 64, "count": 32}],
+        "rows": 8,
+        "budget": {"und": 320, "gen": 320, "vit": 80},
+        "canvases": [{"height": 64, "width": 64, "count": 10}],
     }
     config.data = {"mixture": mixture, "look_ahead": 4.0, **shape}
     config.held_out = {"mixture": [{**entry, "paths": ("test",)} for entry in mixture], **shape}
