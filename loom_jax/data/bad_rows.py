@@ -56,7 +56,8 @@ class RowCounts:
         if fault is None:
             return
         if fault.reason not in self.bad:
-            LOGGER.warning("bad row (%s) %s; further rows like it are only counted", fault, where)
+            why = " ".join(str(fault).split())  # libraries put line breaks into what they say
+            LOGGER.warning("bad row (%s) %s; further rows like it are only counted", why, where)
         self.bad[fault.reason] += 1
         if self.rows >= self._min_rows and self.num_bad > self._max_bad_share * self.rows:
             raise LoomError(

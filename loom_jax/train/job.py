@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -132,7 +133,26 @@ def build_job(config: TrainConfig) -> Job:
     draft = draft_step(config, mesh)
     encoder = make_encoder(config.model, _tokenizer(config, source))
     vae_params = _autoencoder(config, source, draft.vae, mesh)
-    return Job(config, mesh, draft.parts, draft.step, draft.state, draft.shardings, vae_params, encoder, source)
+    step = draft.step if jax.process_count() == 1 else _compiled_together(draft.step)
+    return Job(config, mesh, draft.parts, step, draft.state, draft.shardings, vae_params, encoder, source)
+
+
+def _compiled_together(step: Any) -> Any:
+    """Returns a step that no process begins for the first time before all of them have compiled it.
+
+    Between CPUs processes that have not met in a collective before must come to it within half a minute; compiling may
+    take one of them longer than another, which finds the step in its cache.
+    """
+    compiled = None
+
+    def run(*arguments: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            compiled = step.lower(*arguments).compile()
+            multihost_utils.sync_global_devices("step compiled")
+        return compiled(*arguments)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
