@@ -24,13 +24,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.pictures = {
         "mixture": [
             {"name": task, "source": "world", "recipe": task, "weight": weight}
-            for task, weight in (("tutorial", 2.0), ("composition", 1.0), ("style", 2.0))
+            for task, weight in (("tutorial", 2.0), ("composition", 1.0), ("style", 4.0))
         ],
         "batch": 16,
         "side": 64,
     }
-    config.total_steps = 3000
+    config.total_steps = 5000
     config.kl_weight = 4e-4  # as for a pixel noise of 0.05 in [-1, 1]
+    config.edge_weight = 1.0  # or the stripes of a style are lost
     config.optimizer = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 100, "b2": 0.99, "eps": 1e-8}
     config.ema = {"decay": 0.995}
     config.save = {"every": 250}

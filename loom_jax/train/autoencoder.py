@@ -42,6 +42,8 @@ class AutoencoderTrainConfig:
       pictures: what it learns from.
       kl_weight: of the mean divergence of a latent value from a standard normal one, beside the mean squared error of
         a pixel value in [-1, 1]. For a pixel noise of sigma it is 2 sigma^2 (latent values / pixel values).
+      edge_weight: of the mean squared error of differences between neighbouring pixels: faint fine patterns weigh little
+        in the error of pixels alone.
       log_every: steps between lines of the log.
     """
 
@@ -50,6 +52,7 @@ class AutoencoderTrainConfig:
     total_steps: int
     seed: int = 42
     kl_weight: float = 4e-4
+    edge_weight: float = 0.0
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig(0.999)
     save: SaveConfig = SaveConfig()
@@ -61,10 +64,10 @@ class AutoencoderTrainConfig:
                 f"pictures.side={self.pictures.side}: must be a multiple of {self.vae.downsample} for vae.ch_mult="
                 f"{self.vae.ch_mult}"
             )
-        if self.total_steps < 1 or self.log_every < 1 or self.kl_weight < 0:
+        if self.total_steps < 1 or self.log_every < 1 or min(self.kl_weight, self.edge_weight) < 0:
             raise ConfigError(
-                f"total_steps={self.total_steps}, log_every={self.log_every}, kl_weight={self.kl_weight}: the first "
-                "two must be at least 1, the last at least 0"
+                f"total_steps={self.total_steps}, log_every={self.log_every}, kl_weight={self.kl_weight}, edge_weight="
+                f"{self.edge_weight}: the first two must be at least 1, the others at least 0"
             )
 
 
@@ -134,8 +137,9 @@ def make_step(config: AutoencoderTrainConfig, graphdef: Any, optimizer: optax.Gr
         # Kingma and Welling, Auto-Encoding Variational Bayes (2014), appendix B.
         kl = 0.5 * (moments.mean**2 + jnp.exp(moments.logvar) - 1 - moments.logvar).mean()
         mse = (error**2).mean()
-        metrics = {"mse": mse, "kl": kl, "pixel_error": jnp.abs(error).mean() / 2}
-        return mse + config.kl_weight * kl, metrics
+        edges = sum((jnp.diff(error, axis=axis) ** 2).mean() for axis in (1, 2))
+        metrics = {"mse": mse, "edges": edges, "kl": kl, "pixel_error": jnp.abs(error).mean() / 2}
+        return mse + config.edge_weight * edges + config.kl_weight * kl, metrics
 
     def step(state: AutoencoderState, pixels: jax.Array) -> tuple[AutoencoderState, dict[str, jax.Array]]:
         pixels = to_unit(pixels)
