@@ -42,8 +42,8 @@ class AutoencoderTrainConfig:
       pictures: what it learns from.
       kl_weight: of the mean divergence of a latent value from a standard normal one, beside the mean squared error of
         a pixel value in [-1, 1]. For a pixel noise of sigma it is 2 sigma^2 (latent values / pixel values).
-      edge_weight: of the mean squared error of differences between neighbouring pixels: faint fine patterns weigh little
-        in the error of pixels alone.
+      edge_weight: of the mean squared error of differences between neighbouring pixels: faint and fine patterns weigh
+        little in the error of pixels alone.
       log_every: steps between lines of the log.
     """
 
@@ -137,7 +137,7 @@ def make_step(config: AutoencoderTrainConfig, graphdef: Any, optimizer: optax.Gr
         # Kingma and Welling, Auto-Encoding Variational Bayes (2014), appendix B.
         kl = 0.5 * (moments.mean**2 + jnp.exp(moments.logvar) - 1 - moments.logvar).mean()
         mse = (error**2).mean()
-        edges = sum((jnp.diff(error, axis=axis) ** 2).mean() for axis in (1, 2))
+        edges = (jnp.diff(error, axis=1) ** 2).mean() + (jnp.diff(error, axis=2) ** 2).mean()
         metrics = {"mse": mse, "edges": edges, "kl": kl, "pixel_error": jnp.abs(error).mean() / 2}
         return mse + config.edge_weight * edges + config.kl_weight * kl, metrics
 
