@@ -17,11 +17,12 @@ from loom_jax.commands.train import read_config, read_recipe
 from loom_jax.data import abstract_batch
 from loom_jax.data.packing import Tables
 from loom_jax.document import CAUSAL, FULL, NOISE, PADDING, TokenLayout
+from loom_jax.generate.plan import Sampling, plan_sampling
 from loom_jax.nn import choose_attention, dense_attention, tpu_attention
 from loom_jax.parallel import batch_sharding, make_mesh, shard_attend
 from loom_jax.train import draft_step
 from loom_jax.train.hlo import read_program
-from loom_jax.train.plan import advice, chip_of, fit_config, state_memory
+from loom_jax.train.plan import Chip, advice, chip_of, fit_config, state_memory
 from tests.sources import ROOT
 from tests.test_attention import layout_of
 
@@ -206,3 +207,14 @@ def test_attention_on_a_mesh_equals_that_on_one_device(axes):
 def test_auto_is_the_kernel_on_tpus_alone():
     assert choose_attention("auto", "tpu") is tpu_attention
     assert choose_attention("auto", "cpu") is not tpu_attention
+
+
+@pytest.mark.parametrize("preset", ["fsdp", "hsdp"])
+def test_the_sampling_loop_is_planned_whatever_axes_cut_its_rows(preset, tiny, monkeypatch):
+    model = tiny.model
+    monkeypatch.setattr("loom_jax.train.plan.CHIPS", (Chip("cpu", 1.0, 1.0, 1.0),))
+    sampling = Sampling(pictures=4, side=128, context=64, steps=5)
+    report = plan_sampling(model, make_mesh(preset), preset, "blockwise", sampling)
+    assert report["fits"] and report["flops_compiled"] > 0
+    more = plan_sampling(model, make_mesh(preset), preset, "blockwise", dataclasses.replace(sampling, steps=10))
+    assert more["flops_compiled"] == pytest.approx(2 * report["flops_compiled"], rel=0.01)

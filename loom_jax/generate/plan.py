@@ -98,7 +98,8 @@ def _shapes(config: LoomConfig, mesh: Mesh, sampling: Sampling) -> tuple[Denoisi
 
     def place(a: Any, axis: int = 0) -> Any:
         cut = by_rows.spec[0] if by_rows.spec else None
-        parts = math.prod(mesh.shape[name] for name in cut) if cut else 1
+        names = (cut,) if isinstance(cut, str) else cut or ()
+        parts = math.prod(mesh.shape[name] for name in names)
         fits = len(a.shape) > axis and a.shape[axis] % parts == 0
         sharding = jax.NamedSharding(mesh, jax.P(*(None,) * axis, cut)) if fits else whole
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
