@@ -97,7 +97,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         return names["get_config"](*([variant] if variant else [])).to_dict()
     except (TypeError, KeyError) as error:
-        known = f"; it knows {', '.join(names['MESHES'])}" if "MESHES" in names else ": it takes none"
+        variants = names.get("MESHES") or names.get("VARIANTS")
+        known = f"; it knows {', '.join(variants)}" if variants else ": it takes none"
         raise InputError(f"{path} has no variant {variant!r}{known}") from error
 
 

@@ -1,0 +1,47 @@
+"""What each of Loom's ideas is worth on the tutorial world: one small model, trained without one of them at a time.
+
+Command: python benchmarks/ablation.py --vae runs/world_autoencoder --runs runs/ablation --out out/ablation
+  which trains every variant with two seeds, and scores all of them on the same held-out requests. One alone:
+  loom train --config configs/world_ablation.py:no_planning --workdir DIR --config.vae_from=runs/world_autoencoder
+Data: tutorials and compositions of the tutorial world, drawn as they are needed.
+Hardware: any CPU, half an hour a run on two cores.
+Expect: docs/ablation.md, which the command writes.
+"""
+
+import ml_collections
+
+from loom_jax.configs import world_tiny
+
+VARIANTS = {
+    "whole": {},
+    "no_planning": {"method": {"planning": False}},
+    "no_time_tokens": {"method": {"time_tokens": False}},
+    "no_entity_tokens": {"method": {"entity_tokens": False}},
+    "history_none": {"history": "none"},
+    "history_last_1": {"history": "last(1)"},
+    "history_uniform_2": {"history": "uniform(2)"},
+    "history_all": {"history": "all"},
+}
+"""Variant -> what is other than in `whole`, which shows up to three random frames in training and generates with
+uniform(2). The others generate with the history that they were trained with."""
+
+WEIGHTS = {"tutorial": 2.0, "tutorial_frames": 2.0, "composition": 2.0}
+
+
+def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
+    """Returns the recipe for a key of VARIANTS; the keys are those of loom_jax.train.TrainConfig."""
+    config = world_tiny.get_config()
+    config.model.decoder.update(
+        {"hidden_size": 128, "intermediate_size": 384, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
+    )
+    config.model.vit.update({"hidden_size": 64, "intermediate_size": 160, "num_layers": 2, "num_heads": 2})
+    config.total_steps = 1500
+    config.save = {"every": 250, "keep_last": 1}
+    config.watch = {"log_every": 25}
+    config.held_out = None
+    config.data.mixture = [
+        {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4}
+        for name, weight in WEIGHTS.items()
+    ]
+    config.data.update(VARIANTS[variant])
+    return config
