@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loom_jax.core import ArgumentParser, CheckpointError, run_command
+from loom_jax.core.command import BAD_INPUT, FAILED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +40,7 @@ def to_orbax(
     """Converts a PyTorch release folder into a folder that this framework loads.
 
     Nothing appears at `destination` before everything is written. Host memory: some hundred MiB and the largest tensor.
+    All processes of a job make the same call: each reads and writes its share of the tensors.
 
     Args:
       weights: `ema` or `model` (ema.safetensors, model.safetensors or their shards); what is there, `ema` first.
@@ -48,18 +51,22 @@ def to_orbax(
     Raises:
       CheckpointError: the release is incomplete, corrupt or contradicts itself; or `destination` cannot be used.
       TokenizerError: the tokenizer's files are missing or of an unknown kind.
+      ElsewhereError: in a job of several processes, where another one raises one of these.
     """
-    from loom_jax.checkpoint import new_folder
+    from loom_jax.checkpoint import shared_folder
     from loom_jax.converters.release import open_release
     from loom_jax.converters.stream import write_converted
+    from loom_jax.parallel import together
 
-    _check_places(source, destination)
-    release = open_release(source, weights)
-    cast = _dtype(dtype)
+    with together():
+        _check_places(source, destination)
+        release = open_release(source, weights)
+        cast = _dtype(dtype)
     total = release.model.nbytes + release.vae.nbytes
     widened = 1 if cast is None else max(cast.itemsize / kept.itemsize for kept in release.model.dtypes.values())
-    with new_folder(destination, overwrite=overwrite) as folder, _bar("to Orbax", total, progress) as advance:
-        _check_space(folder, int(total * max(1, widened)))
+    with shared_folder(destination, overwrite=overwrite) as folder, _bar("to Orbax", total, progress) as advance:
+        with together():
+            _check_space(folder, int(total * max(1, widened)))
         write_converted(release, folder, cast, advance)
 
 
@@ -224,13 +231,17 @@ def _parser() -> ArgumentParser:
     to = commands.add_parser(
         "to-orbax",
         help="release folder -> folder that loom_jax loads",
-        description="Converts a release (ema.safetensors, ae.safetensors, json, tokenizer) into a folder.",
-        epilog=f"example:\n  {NAME} to-orbax BAGEL-7B-MoT bagel_7b",
+        description="Converts a release (ema.safetensors, ae.safetensors, json, tokenizer) into a folder. Several "
+        "processes, as loom_jax.launch starts them, share the tensors out among themselves; SRC and DST must lie on a "
+        "disk that all of them see. The other conversions are one process.",
+        epilog=f"example:\n  {NAME} to-orbax BAGEL-7B-MoT bagel_7b\n"
+        "  python -m loom_jax.launch.local --command convert --processes 2 -- to-orbax BAGEL-7B-MoT bagel_7b",
     )
     to.add_argument("source", type=Path, metavar="SRC", help="release folder")
     to.add_argument("destination", type=Path, metavar="DST", help="folder to be made")
     to.add_argument("--weights", choices=("ema", "model"), help="which weights; by default what is there, ema first")
     to.add_argument("--dtype", choices=DTYPES, help="cast the transformer; by default every tensor keeps its dtype")
+    to.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes; by default the cluster's")
     back = commands.add_parser(
         "from-orbax",
         help="converted folder -> release folder",
@@ -294,15 +305,33 @@ def main(argv: list[str]) -> int:
     if args.command == "inspect":
         inspect(args.source)
         return 0
+    if args.command == "to-orbax":
+        return _to_orbax_together(args)
     options = {key: value for key, value in vars(args).items() if key != "command"}
     commands: dict[str, Callable[..., None]] = {
-        "to-orbax": to_orbax,
         "from-orbax": from_orbax,
         "from-run": from_run,
         "from-parts": from_parts,
     }
     commands[args.command](**options, progress=True)
     print(args.destination)
+    return 0
+
+
+def _to_orbax_together(args: argparse.Namespace) -> int:
+    """Converts with the other processes of the job, where there are such; one of them says what happened."""
+    import jax
+
+    from loom_jax.parallel import ElsewhereError, start_distributed
+
+    several = start_distributed(args.coordinator)
+    options = {"weights": args.weights, "dtype": args.dtype, "overwrite": args.overwrite, "progress": not several}
+    try:
+        to_orbax(args.source, args.destination, **options)
+    except ElsewhereError as error:
+        return BAD_INPUT if error.bad_input else FAILED
+    if jax.process_index() == 0:
+        print(args.destination)
     return 0
 
 

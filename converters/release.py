@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loom_jax.checkpoint import check_shapes
+from loom_jax.checkpoint import check_shapes, refuse_address
 from loom_jax.converters.tables import Entry, autoencoder_entries, model_entries
 from loom_jax.converters.tensors import TensorSource
 from loom_jax.core import CheckpointError, LoomConfig, TokenizerError, from_mapping
@@ -98,6 +98,7 @@ def open_release(path: Path, weights: str | None = None) -> Release:
         configuration disagrees with the weights.
       TokenizerError: the tokenizer's files are missing or of an unknown kind.
     """
+    refuse_address(path, "a release")
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder: give the release folder that holds ema.safetensors and ae.safetensors"

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from loom_jax.checkpoint import COMPONENTS, RECORD, check_shapes, read_folder, stored_params
+from loom_jax.checkpoint import COMPONENTS, RECORD, address_of, check_shapes, read_folder, stored_params
 from loom_jax.converters.release import open_release
 from loom_jax.converters.tables import Entry, autoencoder_entries, model_entries
 from loom_jax.core import LoomConfig, to_mapping
@@ -38,15 +38,15 @@ def print_report(path: Path) -> None:
       CheckpointError, TokenizerError: the folder is neither, or is broken.
     """
     console = Console(highlight=False)
-    if (path / RECORD).is_file():
+    if (path / RECORD).is_file() or address_of(path) is not None:
         folder = read_folder(path)
         entries = {"model": model_entries(folder.config), "vae": autoencoder_entries(folder.config.vae)}
         dtypes: dict[str, np.dtype] = {}
         for component in COMPONENTS:
-            stored = stored_params(path / component)
+            stored = stored_params(folder.component(component))
             expected = {entry.path: entry.param_shape for entry in entries[component]}
             shapes = {name: leaf.shape for name, leaf in stored.items()}
-            check_shapes(str(path / component), shapes, expected, "convert the release again")
+            check_shapes(str(folder.component(component)), shapes, expected, "convert the release again")
             dtypes |= {entry.key: stored[entry.path].dtype for entry in entries[component]}
         console.print(f"converted model, {_origin(folder.provenance)}")
         _print_parts(console, folder.config, dtypes)

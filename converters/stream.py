@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from loom_jax import __version__
@@ -26,12 +27,14 @@ from loom_jax.checkpoint import (
     read_pieces,
     stored_params,
     write_record,
+    write_shares,
 )
 from loom_jax.converters.release import AUTOENCODER, CONFIG_FILES, Release, config_files
 from loom_jax.converters.tables import Entry, autoencoder_entries, model_entries
 from loom_jax.converters.tensors import TensorFileWriter, TensorSource
 from loom_jax.core import CheckpointError
 from loom_jax.nn import sincos_2d_table
+from loom_jax.parallel import gather, together
 
 BATCH_BYTES = CONCURRENT_BYTES
 """Tensors that are written by one call: together at most this many bytes, or a single larger one."""
@@ -54,25 +57,37 @@ def write_converted(release: Release, folder: Path, dtype: np.dtype | None, adva
     """
     stop = threading.Event()
     sources = [file.path for source in (release.model, release.vae) for file in source.files]
+    # The last process hashes the first file, which is the largest: process 0 has more to do otherwise.
+    own = sources[jax.process_count() - 1 - jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(1) as pool:
-        hashes = pool.map(lambda path: _sha256(path, stop), sources)
+        hashes = pool.map(lambda path: _sha256(path, stop), own)
         try:
             _write_component(folder / "model", release.model_entries, release.model, dtype, advance)
             _write_component(folder / "vae", release.vae_entries, release.vae, None, advance)
         except BaseException:
             stop.set()
             raise
-        files = [
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(sources, hashes, strict=True)
-        ]
+        with together():
+            digests = dict(zip((path.name for path in own), hashes, strict=True))
+    digests = {name: digest for part in gather(digests) for name, digest in part.items()}
+    with together():
+        if jax.process_index() == 0:
+            _write_files(release, folder, dtype, digests)
+
+
+def _write_files(release: Release, folder: Path, dtype: np.dtype | None, digests: Mapping[str, str]) -> None:
+    """Writes what lies beside the checkpoints."""
     for name in release.files:
         shutil.copyfile(release.path / name, folder / name)
     provenance = {
         "tool": f"loom_jax {__version__}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": release.path.resolve().name,
-        "source_files": files,
+        "source_files": [
+            {"name": file.path.name, "bytes": file.path.stat().st_size, "sha256": digests[file.path.name]}
+            for source in (release.model, release.vae)
+            for file in source.files
+        ],
         "weights": release.weights,
         "source_dtypes": {"model": _dtype_counts(release.model.dtypes), "vae": _dtype_counts(release.vae.dtypes)},
         "cast": None if dtype is None else dtype.name,
@@ -99,12 +114,37 @@ def _sha256(path: Path, stop: threading.Event) -> str:
 def _write_component(
     path: Path, entries: Sequence[Entry], source: TensorSource, dtype: np.dtype | None, advance: Advance
 ) -> None:
-    """Writes one Orbax checkpoint from safetensors."""
-    sizes = {key: math.prod(shape) * source.dtypes[key].itemsize for key, shape in source.shapes.items()}
-    with _forgetting(source), ParamWriter(path) as writer:
+    """Writes one Orbax checkpoint from safetensors; in a job of several processes each writes its share."""
+    dtypes = source.dtypes
+    sizes = {key: math.prod(shape) * dtypes[key].itemsize for key, shape in source.shapes.items()}
+
+    def read(entries: Sequence[Entry]) -> Iterator[dict[str, np.ndarray]]:
         for batch in _batches(entries, [sizes.get(entry.key, 0) for entry in entries]):
-            writer.write({entry.path: _param(entry, source) for entry in batch}, dtype)
+            yield {entry.path: _param(entry, source) for entry in batch}
             advance(sum(sizes.get(entry.key, 0) for entry in batch))
+
+    with _forgetting(source):
+        if jax.process_count() > 1:
+            # A position table that is computed anew has no dtype in the file.
+            kept = {entry: dtypes.get(entry.key) or _param(entry, source).dtype for entry in entries}
+            leaves = {entry.path: StoredParam(entry.param_shape, stored) for entry, stored in kept.items()}
+            write_shares(path, leaves, read(_share(entries, sizes)), dtype)
+            return
+        with ParamWriter(path) as writer:
+            for batch in read(entries):
+                writer.write(batch, dtype)
+
+
+def _share(entries: Sequence[Entry], sizes: Mapping[str, int]) -> list[Entry]:
+    """What this process of a job converts: the largest first, each to the process that has least so far."""
+    loads = [0] * jax.process_count()
+    own = []
+    for entry in sorted(entries, key=lambda entry: -sizes.get(entry.key, 0)):
+        least = loads.index(min(loads))
+        loads[least] += sizes.get(entry.key, 0)
+        if least == jax.process_index():
+            own.append(entry)
+    return own
 
 
 @contextlib.contextmanager
@@ -148,7 +188,7 @@ def _batches(entries: Iterable[Entry], sizes: Iterable[int]) -> Iterator[list[En
 
 def stored_bytes(folder: ModelFolder) -> int:
     """Bytes of all weights of a converted folder."""
-    return sum(leaf.nbytes for name in ("model", "vae") for leaf in stored_params(folder.path / name).values())
+    return sum(leaf.nbytes for name in ("model", "vae") for leaf in stored_params(folder.component(name)).values())
 
 
 def write_release(folder: ModelFolder, path: Path, advance: Advance) -> None:
@@ -165,7 +205,7 @@ def write_release(folder: ModelFolder, path: Path, advance: Advance) -> None:
         ("vae", AUTOENCODER, autoencoder_entries(folder.config.vae)),
     )
     for component, name, entries in components:
-        source = folder.path / component
+        source = folder.component(component)
         stored = stored_params(source)
         shapes = {key: leaf.shape for key, leaf in stored.items()}
         check_shapes(
@@ -183,7 +223,7 @@ def write_release(folder: ModelFolder, path: Path, advance: Advance) -> None:
 
 
 def _write_tensors(
-    path: Path, source: Path, entries: Sequence[Entry], stored: Mapping[str, StoredParam], advance: Advance
+    path: Path, source: Path | str, entries: Sequence[Entry], stored: Mapping[str, StoredParam], advance: Advance
 ) -> None:
     """Writes one safetensors file from an Orbax checkpoint."""
     tensors = {entry.key: (entry.shape, stored[entry.path].dtype) for entry in entries}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from loom_jax import cli
 from loom_jax.core import ConfigError, InputError, read_heartbeats, run_command
-from loom_jax.launch.job import COMMANDS, SHARED, STOPPED
+from loom_jax.launch.job import COMMANDS, STOPPED, is_shared
 
 USAGE = f"""usage: python -m loom_jax.launch.entry [--dry-run] COMMAND ...
 
@@ -37,19 +38,19 @@ def main(argv: list[str]) -> int:
     dry_run, (command, *rest) = argv[0] == "--dry-run", argv[argv[0] == "--dry-run" :] or [""]
     if command not in COMMANDS:
         raise InputError(f"command {command!r} is not one of {', '.join(COMMANDS)}")
-    where = describe(command, _value(rest, "--coordinator"))
+    where = describe(command, rest)
     if dry_run:
         print(f"{where}: {' '.join(['loom', command, *rest])}")
         return 0
     status = cli.main([command, *rest])
     workdir = _value(rest, "--workdir")
-    if status == 0 and command in SHARED and workdir is not None:
+    if status == 0 and command == "train" and workdir is not None:
         stopped = any(beat.state == "stopped" and beat.pid == os.getpid() for beat in read_heartbeats(Path(workdir)))
         return STOPPED if stopped else 0
     return status
 
 
-def describe(command: str, coordinator: str | None = None) -> str:
+def describe(command: str, arguments: Sequence[str]) -> str:
     """Returns where this process stands in its job.
 
     Raises:
@@ -57,20 +58,20 @@ def describe(command: str, coordinator: str | None = None) -> str:
     """
     from loom_jax.parallel import find_place
 
-    place = find_place(os.environ, coordinator)
+    place = find_place(os.environ, _value(arguments, "--coordinator"))
     if place is None:
         return "alone"
-    if command not in SHARED:
+    if not is_shared(command, arguments):
         raise ConfigError(
             f"`loom {command}` is one process on the devices of one machine, but {place.found_by} says that there are "
-            f"{place.count or 'several'}: give one node and one task"
+            f"{place.count or 'several'}: give one node and one task (`loom convert to-orbax` may be several)"
         )
     if place.found_by == "tpu":
         return "one of a TPU pod"
     return f"process {place.number} of {place.count}, coordinator {place.coordinator}, found by {place.found_by}"
 
 
-def _value(arguments: list[str], flag: str) -> str | None:
+def _value(arguments: Sequence[str], flag: str) -> str | None:
     """The value of a flag among arguments, written with a space or with =."""
     for place, argument in enumerate(arguments):
         if argument.startswith(f"{flag}="):

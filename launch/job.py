@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from loom_jax.core import ConfigError
@@ -14,8 +14,8 @@ Command = Literal["train", "generate", "convert", "evaluate"]
 Accelerator = Literal["cpu", "gpu", "tpu"]
 
 COMMANDS: tuple[str, ...] = ("train", "generate", "convert", "evaluate")
-SHARED: tuple[str, ...] = ("train",)
-"""Commands that several processes work on together; the others are one process that uses the devices of one machine."""
+SHARED: tuple[tuple[str, ...], ...] = (("train",), ("convert", "to-orbax"))
+"""First words of what several processes work on together; all else is one process on the devices of one machine."""
 
 STOPPED = 75
 """Exit status of a run that has saved and ended because of a signal: the same command goes on."""
@@ -27,6 +27,12 @@ TPU_SELECTORS: Mapping[str, tuple[str, int]] = {
     "v6e": ("tpu-v6e-slice", 4),
 }
 """TPU generation -> GKE's label of its nodes, and chips of one machine of a slice of several."""
+
+
+def is_shared(command: str, arguments: Sequence[str]) -> bool:
+    """Whether several processes may work on a command of `loom` together."""
+    words = (command, *arguments)
+    return any(words[: len(first)] == first for first in SHARED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +125,10 @@ class JobDescription:
         return None
 
     def _wrong_machines(self) -> str | None:
-        if self.processes > 1 and self.command not in SHARED:
+        if self.processes > 1 and not self.shared:
             return (
                 f"`loom {self.command}` is one process on the devices of one machine, not {self.processes}: give one "
-                "node and one task"
+                "node and one task (`loom convert to-orbax` may be several)"
             )
         if self.accelerator != "tpu":
             return None
@@ -168,6 +174,11 @@ class JobDescription:
         """Google Cloud's name of the slice, such as v5p-64: v4 and v5p are counted in cores, two to a chip."""
         name = {"v5e": "v5litepod"}.get(self.tpu or "", self.tpu)
         return f"{name}-{self.chips * (2 if self.tpu in ('v4', 'v5p') else 1)}"
+
+    @property
+    def shared(self) -> bool:
+        """Whether several processes may work on it together."""
+        return is_shared(self.command, self.arguments)
 
     @property
     def restartable(self) -> bool:

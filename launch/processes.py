@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loom_jax.core import ConfigError, LoomError, read_heartbeats, silent_processes
-from loom_jax.launch.job import SHARED, STOPPED, JobDescription
+from loom_jax.launch.job import STOPPED, JobDescription
 
 BAD_INPUT = 2
 """Exit status of a command that was given something it cannot use."""
@@ -47,9 +47,10 @@ class LocalJob:
     def __init__(
         self, job: JobDescription, processes: int, patience: Patience = Patience(), say: Callable[[str], None] = print
     ) -> None:
-        if processes < 1 or (processes > 1 and job.command not in SHARED):
+        if processes < 1 or (processes > 1 and not job.shared):
             raise ConfigError(
-                f"processes={processes}: `loom {job.command}` is one process, a training job at least one"
+                f"processes={processes}: `loom {job.command}` is one process; training and `loom convert to-orbax` are "
+                "at least one"
             )
         self._job, self._count, self._patience, self._say = job, processes, patience, say
         self._running: list[subprocess.Popen[str]] = []
@@ -70,6 +71,8 @@ class LocalJob:
                 if status in (0, BAD_INPUT) or (status == STOPPED and self._stopping):
                     return 0 if status == STOPPED else status
                 self._failures += status != STOPPED
+                if not self._job.restartable:
+                    raise LoomError(why)
                 if self._stopping or self._failures > self._job.max_restarts:
                     raise LoomError(f"{why}; it failed {self._failures} times, --max-restarts={self._job.max_restarts}")
                 self._tell(f"{why}; starts again from the last checkpoint ({self._failures} failures so far)")

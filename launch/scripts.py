@@ -50,7 +50,7 @@ def render_job(
     if kind not in KINDS:
         raise ConfigError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     _check(kind, job)
-    if kind == "tpu-vm":
+    if kind == "tpu-vm" and job.shared:
         job = dataclasses.replace(job, arguments=(*job.arguments, "--coordinator", "auto"))
     text = (
         _environment()

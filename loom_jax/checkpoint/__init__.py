@@ -9,6 +9,7 @@ from loom_jax.checkpoint.arrays import (
     restore_params,
     save_params,
     stored_params,
+    write_shares,
 )
 from loom_jax.checkpoint.compare import check_shapes, named
 from loom_jax.checkpoint.folder import (
@@ -21,8 +22,10 @@ from loom_jax.checkpoint.folder import (
     new_folder,
     read_folder,
     restore_component,
+    shared_folder,
     write_record,
 )
+from loom_jax.checkpoint.remote import address_of, refuse_address
 from loom_jax.checkpoint.run import Restored, RunCheckpoints, param_sources, read_run_params, saved_steps, step_path
 from loom_jax.checkpoint.run_folder import RUN_RECORD, RUN_SCHEMA_VERSION, RunFolder, read_run, start_run
 
@@ -39,6 +42,7 @@ __all__ = [
     "RunCheckpoints",
     "RunFolder",
     "StoredParam",
+    "address_of",
     "check_shapes",
     "load_module",
     "migrate",
@@ -50,12 +54,15 @@ __all__ = [
     "read_pieces",
     "read_run",
     "read_run_params",
+    "refuse_address",
     "restore_component",
     "restore_params",
     "save_params",
     "saved_steps",
+    "shared_folder",
     "start_run",
     "step_path",
     "stored_params",
     "write_record",
+    "write_shares",
 ]

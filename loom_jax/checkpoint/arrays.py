@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import re
 import shutil
@@ -26,8 +27,9 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from loom_jax.checkpoint.compare import check_shapes
+from loom_jax.checkpoint.remote import storage
 from loom_jax.core import CheckpointError
-from loom_jax.parallel import flatten_params
+from loom_jax.parallel import flatten_params, together
 
 CHUNK_BYTES = 2 * 2**20
 """Size of a stored chunk: the least that a host reads, so not much more than one device's part of a 7 B kernel."""
@@ -40,6 +42,9 @@ FILE_BYTES = 2**28
 
 PIECE_BYTES = 2**26
 """About what is written at once of a large numpy array."""
+
+STATE = "state"
+"""Folder of an Orbax checkpoint in which its leaves lie."""
 
 STACKED = "layers"
 """Path component below which parameters are stacked along a layer axis."""
@@ -130,16 +135,80 @@ class ParamWriter:
             ocp.partial.finalize(self.path)
         if jax.process_index() == 0:
             for name, (array, dtype) in self._large.items():
-                _fill(self.path, name, array, dtype)
+                _fill(self.path, name, array, dtype, self.path / STATE)
 
 
-def _fill(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> None:
-    """Puts a large array where Orbax knows a placeholder, a few chunks at a time; the format is the placeholder's."""
-    base = {"driver": "file", "path": f"{path / 'state'}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
-    metadata = (
-        tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result().spec().to_json()["metadata"]
-    )
+def write_shares(
+    path: Path,
+    leaves: Mapping[str, StoredParam],
+    own: Iterable[Mapping[str, np.ndarray]],
+    dtype: np.dtype | None = None,
+) -> None:
+    """Writes one Orbax checkpoint by all processes of a job together, each its share; every process reads it back.
+
+    What is at `path` is whole when the call returns: let it lie in a folder that nobody reads before.
+
+    Args:
+      leaves: path on disk -> shape and dtype of every leaf, the same in every process.
+      own: the share of this process, in batches that memory can hold; every leaf stands in that of one process.
+      dtype: what the leaves are cast to; as they are by default.
+
+    Raises:
+      ElsewhereError: another process could not write its share.
+    """
+    # Each process has a database of its own, as when Orbax saves the shards of several: none waits for another's lock.
+    database = path / STATE if jax.process_index() == 0 else path / STATE / f"ocdbt.process_{jax.process_index()}"
+    try:
+        with ParamWriter(path) as writer:  # Orbax waits for all processes in it, and lets process 0 write
+            writer.write({name: np.zeros((1,) * len(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}, dtype)
+        with together():
+            for batch in own:
+                _fill_all(path, batch, dtype, database)
+        with together():
+            if jax.process_index() == 0:
+                _merge(path / STATE, jax.process_count())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.parent} cannot be written to ({cause(error)}): choose another place") from error
+
+
+def _fill_all(path: Path, leaves: Mapping[str, np.ndarray], dtype: np.dtype | None, state: Path) -> None:
+    """Puts arrays where Orbax knows placeholders; see `_fill`."""
+    # One commit for all that are small: each rewrites the index of the database.
+    small = tensorstore.Transaction(atomic=True)
+    for name, array in leaves.items():
+        _fill(path, name, array, dtype or array.dtype, state, None if array.nbytes > PIECE_BYTES else small)
+    small.commit_sync()
+
+
+def _merge(state: Path, count: int) -> None:
+    """Takes the leaves of all processes into the database of the checkpoint; their values stay where they are."""
+    shared = tensorstore.Context()  # one for all, or tensorstore does not copy from one database to another
+    transaction = tensorstore.Transaction(atomic=True)
+    whole = tensorstore.KvStore.open(_database(state), context=shared).result().with_transaction(transaction)
+    for number in range(1, count):
+        share = state / f"ocdbt.process_{number}"
+        if share.is_dir():  # a job may have more processes than the checkpoint has leaves
+            source = tensorstore.KvStore.open(_database(share), context=shared).result()
+            source.experimental_copy_range_to(whole).result()
+    transaction.commit_sync()
+
+
+def _fill(
+    path: Path,
+    name: str,
+    array: np.ndarray,
+    dtype: np.dtype,
+    state: Path,
+    transaction: tensorstore.Transaction | None = None,
+) -> None:
+    """Puts an array where Orbax knows a placeholder, a few chunks at a time; the format is the placeholder's.
+
+    Args:
+      state: folder of the database that takes it.
+      transaction: keeps what is written in memory until it is committed; by default every piece goes to disk.
+    """
+    form = tensorstore.open(_leaf_spec(path / STATE, name), open=True).result()
+    metadata = form.spec().to_json()["metadata"]
     chunk = _chunk_shape(array.shape, dtype.itemsize)
     metadata["shape"] = list(array.shape)
     metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
@@ -147,12 +216,13 @@ def _fill(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> None:
         if codec["name"] == "sharding_indexed":
             codec["configuration"]["chunk_shape"] = chunk
     spec = {
-        **_leaf_spec(path, name),
+        **_leaf_spec(state, name),
         "metadata": metadata,
         "store_data_equal_to_fill_value": True,  # Orbax takes a chunk that is not there for a loss
-        "context": {"file_io_sync": False},
     }
-    store = tensorstore.open(spec, create=True, delete_existing=True).result()
+    store = tensorstore.open(
+        spec, create=True, delete_existing=True, transaction=transaction, context=_filling()
+    ).result()
     steps = [*chunk[:-1], chunk[-1] * max(1, PIECE_BYTES // (math.prod(chunk) * dtype.itemsize))]
     for corner in itertools.product(*(range(0, size, step) for size, step in zip(array.shape, steps, strict=True))):
         piece = tuple(
@@ -161,11 +231,26 @@ def _fill(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> None:
         store[piece].write(array[piece].astype(dtype, copy=False)).result()
 
 
-def _leaf_spec(path: Path, name: str) -> dict[str, Any]:
-    """Where Orbax keeps one leaf: a zarr array in a key-value database."""
-    base = {"driver": "file", "path": f"{path.absolute() / 'state'}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
-    return {"driver": "zarr3", "kvstore": kvstore}
+@functools.cache
+def _filling() -> tensorstore.Context:
+    """Options for `_fill`: one object, or leaves would not share a transaction."""
+    return tensorstore.Context({"file_io_sync": False})
+
+
+def _state(path: Path | str) -> Path | str:
+    """Where the leaves of a checkpoint lie."""
+    return f"{path}/{STATE}" if isinstance(path, str) else path / STATE
+
+
+def _database(state: Path | str) -> dict[str, Any]:
+    """Where Orbax keeps leaves: a key-value database in a folder, here or in a bucket."""
+    base = storage(state) if isinstance(state, str) else {"driver": "file", "path": f"{state.absolute()}/"}
+    return {"driver": "ocdbt", "base": base}
+
+
+def _leaf_spec(state: Path | str, name: str) -> dict[str, Any]:
+    """One leaf of a database: a zarr array."""
+    return {"driver": "zarr3", "kvstore": {**_database(state), "path": f"{name.replace('/', '.')}/"}}
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
@@ -177,13 +262,15 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
     return chunk
 
 
-def stored_params(path: Path) -> dict[str, StoredParam]:
-    """Returns path -> shape and dtype of every leaf of an Orbax checkpoint.
+def stored_params(path: Path | str) -> dict[str, StoredParam]:
+    """Returns path -> shape and dtype of every leaf of an Orbax checkpoint, on this machine or at an address.
 
     Raises:
       CheckpointError: there is no readable checkpoint.
     """
     try:
+        if isinstance(path, str):
+            return _stored_at(path)
         tree = ocp.metadata(path.absolute()).metadata
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -193,7 +280,22 @@ def stored_params(path: Path) -> dict[str, StoredParam]:
     return {name: StoredParam(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
 
 
-def read_params(path: Path, stored: Mapping[str, StoredParam]) -> dict[str, np.ndarray]:
+def _stored_at(address: str) -> dict[str, StoredParam]:
+    """Leaves of a checkpoint in a bucket, from the database itself: Orbax cannot list what is at s3://."""
+    database = tensorstore.KvStore.open(_database(_state(address))).result()
+    keys = [key for key in database.list().result() if key.endswith(b"/zarr.json")]
+    found = [database.read(key) for key in keys]
+    stored = {}
+    for key, reading in zip(keys, found, strict=True):
+        form = json.loads(reading.result().value)
+        name = key.decode().removesuffix("/zarr.json").replace(".", "/")
+        stored[name] = StoredParam(tuple(form["shape"]), jnp.dtype(form["data_type"]))
+    if not stored:
+        raise ValueError("it is empty, or not there")
+    return stored
+
+
+def read_params(path: Path | str, stored: Mapping[str, StoredParam]) -> dict[str, np.ndarray]:
     """Returns some leaves as numpy arrays on this host.
 
     Args:
@@ -208,14 +310,14 @@ def read_params(path: Path, stored: Mapping[str, StoredParam]) -> dict[str, np.n
     return leaves
 
 
-def read_pieces(path: Path, name: str, axis: int) -> Iterator[np.ndarray]:
+def read_pieces(path: Path | str, name: str, axis: int) -> Iterator[np.ndarray]:
     """Yields one leaf as numpy arrays of about PIECE_BYTES that follow each other along `axis`.
 
     Raises:
       CheckpointError: it cannot be read.
     """
     try:
-        store: Any = tensorstore.open(_leaf_spec(path, name), open=True).result()
+        store: Any = tensorstore.open(_leaf_spec(_state(path), name), open=True).result()
         rows = store.chunk_layout.read_chunk.shape[axis]
         step = rows * max(1, PIECE_BYTES * store.shape[axis] // (rows * store.size * store.dtype.numpy_dtype.itemsize))
         for begin in range(0, store.shape[axis], step):
@@ -227,15 +329,37 @@ def read_pieces(path: Path, name: str, axis: int) -> Iterator[np.ndarray]:
         ) from error
 
 
-def _load(path: Path, abstract: Mapping[str, Any], largest: int) -> Any:
+def _load(path: Path | str, abstract: Mapping[str, Any], largest: int) -> Any:
     """Reads some leaves; nested dicts of arrays."""
     try:
+        if isinstance(path, str):
+            return _load_from(path, abstract)
         with context(largest):
             return ocp.load(path.absolute(), nested(abstract))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read near {next(iter(abstract))} ({_first_line(error)}): convert or save it again"
         ) from error
+
+
+def _load_from(address: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads some leaves from a bucket; of a leaf that is sharded, what the devices of this process hold."""
+    # The cache serves devices that hold the same part of a leaf.
+    shared = tensorstore.Context({"cache_pool": {"total_bytes_limit": CONCURRENT_BYTES}})
+    options: dict[str, Any] = {"open": True, "context": shared, "recheck_cached_data": False}
+    stores = {name: tensorstore.open(_leaf_spec(_state(address), name), **options) for name in abstract}
+
+    def read(name: str, leaf: Any) -> Any:
+        store = stores[name].result()
+
+        def piece(index: Any) -> np.ndarray:
+            return store[index].read().result().astype(leaf.dtype, copy=False)
+
+        if isinstance(leaf, np.ndarray):
+            return piece(...)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
+
+    return nested({name: read(name, leaf) for name, leaf in abstract.items()})
 
 
 def _first_line(error: BaseException) -> str:
@@ -340,7 +464,7 @@ def save_params(path: Path, params: Any) -> None:
             )
 
 
-def restore_params(path: Path, abstract: Any, shardings: Any = None, *, dtype: Any = None) -> Any:
+def restore_params(path: Path | str, abstract: Any, shardings: Any = None, *, dtype: Any = None) -> Any:
     """Restores parameters straight onto their devices, where the layers are stacked one by one.
 
     Each process reads the chunks that its own shards touch. Device memory: the parameters and one layer.
@@ -369,7 +493,7 @@ def restore_params(path: Path, abstract: Any, shardings: Any = None, *, dtype: A
     return jax.tree_util.tree_unflatten(structure, [restored[name] for name in leaves])
 
 
-def restore_leaves(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def restore_leaves(path: Path | str, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Restores parameters by their paths in memory, each onto its sharding; see `restore_params`.
 
     Args:

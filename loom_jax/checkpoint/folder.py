@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from loom_jax.checkpoint.arrays import restore_params
+from loom_jax.checkpoint.remote import address_of, fetch_files, read_file, refuse_address
 from loom_jax.core import CheckpointError, LoomConfig, from_mapping, to_mapping
-from loom_jax.parallel import make_mesh, shardings_for
+from loom_jax.parallel import gather, make_mesh, shardings_for, together
 
 RECORD = "loom.json"
 """Name of the file that makes a folder a converted model."""
@@ -45,12 +47,18 @@ class ModelFolder:
       config: of the networks.
       provenance: where the weights came from: source files with sizes and hashes, dtypes, tool version, date.
       files: names of the files taken over from the release.
+      address: of a folder in a bucket; `path` then holds copies of `files`, and nothing else.
     """
 
     path: Path
     config: LoomConfig
     provenance: Mapping[str, Any]
     files: tuple[str, ...]
+    address: str | None = None
+
+    def component(self, name: str) -> Path | str:
+        """Returns where the checkpoint of `model` or `vae` is: its path, or its address in a bucket."""
+        return self.path / name if self.address is None else f"{self.address}/{name}"
 
 
 def write_record(folder: Path, config: LoomConfig, provenance: Mapping[str, Any], files: tuple[str, ...]) -> None:
@@ -67,20 +75,28 @@ def write_record(folder: Path, config: LoomConfig, provenance: Mapping[str, Any]
 def read_folder(path: Path | str) -> ModelFolder:
     """Reads loom.json of a converted folder.
 
+    Args:
+      path: of the folder; or `gs://BUCKET/FOLDER`, `s3://BUCKET/FOLDER`, of which the small files are copied here.
+
     Raises:
       CheckpointError: it is not there, not readable, or of a version that cannot be used.
       ConfigError: its configuration has unknown or missing keys.
     """
+    address = address_of(path)
     path = Path(path)
-    file = path / RECORD
-    if not file.is_file():
+    file: Path | str = path / RECORD if address is None else f"{address}/{RECORD}"
+    try:
+        text = _record_text(path, address)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): convert the release again") from error
+    if text is None:
         raise CheckpointError(
-            f"{path} is not a converted model: it holds no {RECORD}; make one with "
+            f"{address or path} is not a converted model: it holds no {RECORD}; make one with "
             "`python -m loom_jax.converters.bagel to-orbax RELEASE FOLDER`"
         )
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = json.loads(text)
+    except ValueError as error:
         raise CheckpointError(f"{file} cannot be read ({error}): convert the release again") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{file} holds a {type(record).__name__}, expected an object: convert the release again")
@@ -89,12 +105,23 @@ def read_folder(path: Path | str) -> ModelFolder:
     if lacking:
         raise CheckpointError(f"{file} lacks key {lacking[0]!r}: convert the release again")
     config = from_mapping(LoomConfig, record["config"], "config.")
-    return ModelFolder(path, config, record["provenance"], tuple(record["files"]))
+    files = tuple(record["files"])
+    return ModelFolder(
+        path if address is None else fetch_files(address, files), config, record["provenance"], files, address
+    )
+
+
+def _record_text(path: Path, address: str | None) -> str | None:
+    """The text of loom.json; None where there is none."""
+    if address is None:
+        return (path / RECORD).read_text(encoding="utf-8") if (path / RECORD).is_file() else None
+    content = read_file(address, RECORD)
+    return None if content is None else content.decode()
 
 
 def migrate(
     record: dict[str, Any],
-    file: Path,
+    file: Path | str,
     migrations: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = MIGRATIONS,
     version: int = SCHEMA_VERSION,
 ) -> dict[str, Any]:
@@ -146,7 +173,7 @@ def restore_component(
     shardings = None
     if mesh is not None or preset != "single":
         shardings = shardings_for(abstract, make_mesh(preset) if mesh is None else mesh, preset)
-    return restore_params(folder.path / component, abstract, shardings, dtype=dtype)
+    return restore_params(folder.component(component), abstract, shardings, dtype=dtype)
 
 
 def load_module(
@@ -177,6 +204,7 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = RECORD) -> It
     Raises:
       CheckpointError: there is something at `path` that may not be replaced, or the folder cannot be made.
     """
+    refuse_address(path, "a new folder")
     path = path.absolute()
     if path.exists() or path.is_symlink():
         if not overwrite:
@@ -194,6 +222,31 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = RECORD) -> It
         _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def shared_folder(path: Path, *, overwrite: bool = False, mark: str = RECORD) -> Iterator[Path]:
+    """`new_folder` for all processes of a job: yields the same folder in all; process 0 makes it and puts it in place.
+
+    Raises:
+      CheckpointError: as `new_folder`, or a process does not see the folder.
+      ElsewhereError: in the other processes.
+    """
+    with contextlib.ExitStack() as stack:
+        made = None
+        with together():
+            if jax.process_index() == 0:
+                made = stack.enter_context(new_folder(path, overwrite=overwrite, mark=mark))
+        folder = Path(gather(str(made))[0])
+        with together():
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"process {jax.process_index()} does not see {folder.parent}: choose a folder on a disk that all "
+                    "machines of the job share"
+                )
+        yield folder
+        with together():
+            stack.close()
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import json
 import logging
 import shutil
 import sys
@@ -36,7 +35,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
@@ -45,7 +43,7 @@ from loom_jax.checkpoint import arrays
 from loom_jax.checkpoint.arrays import StoredParam, restore_leaves, stored_params
 from loom_jax.checkpoint.compare import check_shapes, named
 from loom_jax.core import CheckpointError, ConfigError, LoomError
-from loom_jax.parallel import flatten_params
+from loom_jax.parallel import flatten_params, gather
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, one folder a step."""
@@ -188,7 +186,7 @@ class RunCheckpoints:
             self._clean()
         content = {
             STATE: _on_host(state),
-            DATA: {"processes": _gather(data)},
+            DATA: {"processes": gather(_encode(data))},
             META: {"schema_version": STEP_SCHEMA_VERSION, "step": step, **(meta or {})},
         }
         path = self._checkpoints / str(step)
@@ -458,19 +456,6 @@ def _taker(where: tuple[Sharding, ...], stacked: bool) -> Any:
         return tuple(jnp.copy(leaf) for leaf in leaves)
 
     return jax.jit(take, out_shardings=where)
-
-
-def _gather(data: Any) -> list[Any]:
-    """Collects the iterator states of all processes, in JSON form."""
-    own = _encode(data)
-    if jax.process_count() == 1:
-        return [own]
-    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    longest = int(np.max(multihost_utils.process_allgather(np.int64(len(text)))))
-    # JSON may end in spaces, so they fill the shorter texts.
-    filled = np.full(longest, ord(" "), np.uint8)
-    filled[: len(text)] = text
-    return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(filled))]
 
 
 def _encode(data: Any) -> dict[str, Any]:

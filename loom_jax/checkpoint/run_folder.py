@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from loom_jax.checkpoint.arrays import cause, save_params
 from loom_jax.checkpoint.folder import migrate
+from loom_jax.checkpoint.remote import refuse_address
 from loom_jax.core import CheckpointError, LoomConfig, from_mapping, to_mapping
 
 RUN_RECORD = "run.json"
@@ -63,6 +64,7 @@ def start_run(
     Raises:
       CheckpointError: the folder belongs to a run of another model, or cannot be written to.
     """
+    refuse_address(path, "the folder of a run")
     begun, has_vae = (path / RUN_RECORD).is_file(), (path / VAE).exists()
     _meet("start_run: looked")  # no process may write before all have looked
     if begun:
@@ -108,6 +110,7 @@ def read_run(path: Path) -> RunFolder:
       CheckpointError: it is not there, not readable, or of a version that cannot be used.
       ConfigError: its model configuration has unknown or missing keys.
     """
+    refuse_address(path, "the folder of a run")
     file = path / RUN_RECORD
     if not file.is_file():
         raise CheckpointError(f"{path} is not a training run: it holds no {RUN_RECORD}; give the --workdir of a run")

@@ -51,6 +51,9 @@ def main(argv: list[str]) -> int:
     add("--process-id", type=int, metavar="I", help="likewise")
     args = parser.parse_args([a for a in argv if not a.startswith(f"{CONFIG}.")])
     recipe = read_recipe(args.config)
+    from loom_jax.checkpoint import refuse_address
+
+    refuse_address(args.workdir, "--workdir")
     if "pictures" in recipe:
         return _train_autoencoder(recipe, overrides, args.workdir)
     config = read_config(recipe, overrides)

@@ -20,7 +20,7 @@ from loom_jax.parallel.activations import (
     shard_attend,
 )
 from loom_jax.parallel.mesh import DATA_AXES, PRESETS, Preset, make_mesh
-from loom_jax.parallel.multihost import PreemptionNotice, start_distributed
+from loom_jax.parallel.multihost import ElsewhereError, PreemptionNotice, gather, start_distributed, together
 from loom_jax.parallel.rules import REPLICATED_LIMIT, RULES, ParamShape, flatten_params, logical_axes, shardings_for
 from loom_jax.parallel.schedulers import Place, find_place
 from loom_jax.parallel.states import state_shardings
@@ -31,6 +31,7 @@ __all__ = [
     "PRESETS",
     "REPLICATED_LIMIT",
     "RULES",
+    "ElsewhereError",
     "ParamShape",
     "Place",
     "PreemptionNotice",
@@ -39,6 +40,7 @@ __all__ = [
     "batch_sharding",
     "find_place",
     "flatten_params",
+    "gather",
     "global_batch",
     "logical_axes",
     "make_constrain",
@@ -48,4 +50,5 @@ __all__ = [
     "shardings_for",
     "start_distributed",
     "state_shardings",
+    "together",
 ]

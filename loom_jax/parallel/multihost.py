@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -16,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from loom_jax.core import InputError, LoomError
 from loom_jax.parallel.schedulers import find_place
 
 SHUTDOWN_SECONDS = 60
@@ -82,6 +86,57 @@ def _label_log_lines() -> None:
         return record
 
     logging.setLogRecordFactory(labelled)
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns what each process of a job gives, in the order of their numbers; all make the same call.
+
+    Args:
+      value: what JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.int64(len(text)))))
+    # JSON may end in spaces, so they fill the shorter texts.
+    filled = np.full(longest, ord(" "), np.uint8)
+    filled[: len(text)] = text
+    return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(filled))]
+
+
+class ElsewhereError(LoomError):
+    """Another process of the job failed, and says why by itself.
+
+    Attributes:
+      bad_input: whether it was given something that it cannot use.
+    """
+
+    def __init__(self, message: str, bad_input: bool) -> None:
+        super().__init__(message)
+        self.bad_input = bad_input
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Lets a block fail in all processes of a job where it fails in one; inside it none waits for another.
+
+    Raises:
+      ElsewhereError: in every process but the first that failed, which raises its own error.
+    """
+    try:
+        yield
+    except Exception as error:
+        _agree(error)
+        raise
+    _agree(None)
+
+
+def _agree(error: Exception | None) -> None:
+    """Raises ElsewhereError where a process failed, but in the first that did."""
+    said = gather(None if error is None else [f"{type(error).__name__}: {error}", isinstance(error, InputError)])
+    first = next((number for number, words in enumerate(said) if words is not None), jax.process_index())
+    if first != jax.process_index():
+        raise ElsewhereError(f"process {first} failed: {said[first][0]}", said[first][1]) from error
 
 
 class PreemptionNotice:
