@@ -231,9 +231,9 @@ def _parser() -> ArgumentParser:
     to = commands.add_parser(
         "to-orbax",
         help="release folder -> folder that loom_jax loads",
-        description="Converts a release (ema.safetensors, ae.safetensors, json, tokenizer) into a folder. Several "
-        "processes, as loom_jax.launch starts them, share the tensors out among themselves; SRC and DST must lie on a "
-        "disk that all of them see. The other conversions are one process.",
+        description="Converts a release (ema.safetensors, ae.safetensors, json, tokenizer) into a folder.\n"
+        "Several processes, as loom_jax.launch starts them, share the tensors out among themselves; SRC and\n"
+        "DST must lie on a disk that all of them see. The other conversions are one process.",
         epilog=f"example:\n  {NAME} to-orbax BAGEL-7B-MoT bagel_7b\n"
         "  python -m loom_jax.launch.local --command convert --processes 2 -- to-orbax BAGEL-7B-MoT bagel_7b",
     )
@@ -245,10 +245,10 @@ def _parser() -> ArgumentParser:
     back = commands.add_parser(
         "from-orbax",
         help="converted folder -> release folder",
-        description="Converts a folder of loom_jax back into the layout of the release.",
+        description="Converts a folder of loom_jax back into the layout of the release. One process.",
         epilog=f"example:\n  {NAME} from-orbax bagel_7b BAGEL-again",
     )
-    back.add_argument("source", type=Path, metavar="SRC", help="converted folder")
+    back.add_argument("source", type=Path, metavar="SRC", help="converted folder; may be gs:// or s3://")
     back.add_argument("destination", type=Path, metavar="DST", help="folder to be made")
     run, parts = _add_from_run(commands), _add_from_parts(commands)
     for command in (to, back, run, parts):

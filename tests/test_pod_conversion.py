@@ -8,19 +8,21 @@ import pytest
 from loom_jax.checkpoint import read_folder, read_params, stored_params
 from loom_jax.converters import to_orbax
 from loom_jax.converters.synthetic import write_synthetic_release
-from loom_jax.core import ConfigError
-from loom_jax.launch import JobDescription, LocalJob
+from loom_jax.core import ConfigError, LoomError
+from loom_jax.launch import JobDescription, LocalJob, Patience
 from tests.reference import CKPT
 from tests.test_converters import SMALL, mixed
 
 # What each process runs: the command as the launcher starts it, with pieces so small that large tensors are cut.
 PROCESS = """
-import os, sys
+import os, signal, sys
 from loom_jax.checkpoint import arrays
 from loom_jax.launch import entry
 from loom_jax.core import run_command
 
 def fail(*_):
+    if "KILLED" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
     raise OSError("No space left on device")
 
 arrays.PIECE_BYTES, arrays.CHUNK_BYTES = 8_000, 3_000
@@ -43,7 +45,7 @@ def convert(source: Path, destination: Path, *flags: str, **env: str) -> tuple[i
     lines: list[str] = []
     words = ("to-orbax", str(source), str(destination), *flags)
     job = JobDescription(command="convert", accelerator="cpu", arguments=words, env=env)
-    status = Processes(job, 2, say=lines.append).run()
+    status = Processes(job, 2, Patience(kill=2), say=lines.append).run()
     noise = ("Gloo", "WARNING:absl", "[launch]")
     return status, [line for line in lines if not any(word in line for word in noise)]
 
@@ -80,6 +82,13 @@ def test_a_process_that_fails_ends_all_with_one_line_and_no_folder(release: Path
     status, said = convert(release, tmp_path / "two", FAILS="1")
     assert status == 2 and len(said) == 1 and not list(tmp_path.iterdir())
     assert said[0].startswith("[1] loom convert: ") and "No space left on device" in said[0]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_and_there_is_no_folder(release: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoomError, match="process 1 was killed by SIGKILL$"):
+        convert(release, tmp_path / "two", FAILS="1", KILLED="yes")
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow

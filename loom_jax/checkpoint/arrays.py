@@ -7,6 +7,7 @@ ever holds a second copy of the model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -154,19 +155,26 @@ def write_shares(
       dtype: what the leaves are cast to; as they are by default.
 
     Raises:
+      CheckpointError: it cannot be written.
       ElsewhereError: another process could not write its share.
     """
     # Each process has a database of its own, as when Orbax saves the shards of several: none waits for another's lock.
     database = path / STATE if jax.process_index() == 0 else path / STATE / f"ocdbt.process_{jax.process_index()}"
+    with ParamWriter(path) as writer:  # Orbax waits for all processes in it, and lets process 0 write
+        writer.write({name: np.zeros((1,) * len(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}, dtype)
+    with together(), _writing(path):
+        for batch in own:
+            _fill_all(path, batch, dtype, database)
+    with together(), _writing(path):
+        if jax.process_index() == 0:
+            _merge(path / STATE, jax.process_count())
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says in one line what kept tensorstore from writing."""
     try:
-        with ParamWriter(path) as writer:  # Orbax waits for all processes in it, and lets process 0 write
-            writer.write({name: np.zeros((1,) * len(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}, dtype)
-        with together():
-            for batch in own:
-                _fill_all(path, batch, dtype, database)
-        with together():
-            if jax.process_index() == 0:
-                _merge(path / STATE, jax.process_count())
+        yield
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.parent} cannot be written to ({cause(error)}): choose another place") from error
 
