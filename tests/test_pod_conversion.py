@@ -40,10 +40,10 @@ class Processes(LocalJob):
         return [(given, [sys.executable, "-c", PROCESS, *words[3:]]) for given, words in found]
 
 
-def convert(source: Path, destination: Path, *flags: str, **env: str) -> tuple[int, list[str]]:
+def convert(source: Path, destination: Path, said: list[str] | None = None, **env: str) -> tuple[int, list[str]]:
     """Converts in two processes; returns the exit status and what they said, without warnings of others."""
-    lines: list[str] = []
-    words = ("to-orbax", str(source), str(destination), *flags)
+    lines = [] if said is None else said
+    words = ("to-orbax", str(source), str(destination))
     job = JobDescription(command="convert", accelerator="cpu", arguments=words, env=env)
     status = Processes(job, 2, Patience(kill=2), say=lines.append).run()
     noise = ("Gloo", "WARNING:absl", "[launch]")
@@ -86,9 +86,11 @@ def test_a_process_that_fails_ends_all_with_one_line_and_no_folder(release: Path
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_and_there_is_no_folder(release: Path, tmp_path: Path) -> None:
+    said: list[str] = []
     with pytest.raises(LoomError, match="process 1 was killed by SIGKILL$"):
-        convert(release, tmp_path / "two", FAILS="1", KILLED="yes")
+        convert(release, tmp_path / "two", said=said, FAILS="1", KILLED="yes")
     assert not (tmp_path / "two").exists()
+    assert not any("Traceback" in line for line in said)
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ def together() -> Iterator[None]:
 
     Raises:
       ElsewhereError: in every process but the first that failed, which raises its own error.
+      LoomError: a process has ended without a word.
     """
     try:
         yield
@@ -132,8 +133,14 @@ def together() -> Iterator[None]:
 
 
 def _agree(error: Exception | None) -> None:
-    """Raises ElsewhereError where a process failed, but in the first that did."""
-    said = gather(None if error is None else [f"{type(error).__name__}: {error}", isinstance(error, InputError)])
+    """Raises ElsewhereError where a process failed, but in the first that did; LoomError where one has gone."""
+    own = None if error is None else [f"{type(error).__name__}: {error}", isinstance(error, InputError)]
+    try:
+        said = gather(own)
+    except (ValueError, RuntimeError) as lost:  # jax raises either where a connection ends
+        raise LoomError(
+            "another process of the job was killed or lost its connection: see its own lines"
+        ) from lost
     first = next((number for number, words in enumerate(said) if words is not None), jax.process_index())
     if first != jax.process_index():
         raise ElsewhereError(f"process {first} failed: {said[first][0]}", said[first][1]) from error
