@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from loom_jax.checkpoint.compare import check_shapes
-from loom_jax.checkpoint.remote import storage
+from loom_jax.checkpoint.remote import reading, storage
 from loom_jax.core import CheckpointError
 from loom_jax.parallel import flatten_params, together
 
@@ -290,12 +290,12 @@ def stored_params(path: Path | str) -> dict[str, StoredParam]:
 
 def _stored_at(address: str) -> dict[str, StoredParam]:
     """Leaves of a checkpoint in a bucket, from the database itself: Orbax cannot list what is at s3://."""
-    database = tensorstore.KvStore.open(_database(_state(address))).result()
+    database = tensorstore.KvStore.open(_database(_state(address)), context=reading()).result()
     keys = [key for key in database.list().result() if key.endswith(b"/zarr.json")]
     found = [database.read(key) for key in keys]
     stored = {}
-    for key, reading in zip(keys, found, strict=True):
-        form = json.loads(reading.result().value)
+    for key, content in zip(keys, found, strict=True):
+        form = json.loads(content.result().value)
         name = key.decode().removesuffix("/zarr.json").replace(".", "/")
         stored[name] = StoredParam(tuple(form["shape"]), jnp.dtype(form["data_type"]))
     if not stored:
@@ -325,7 +325,8 @@ def read_pieces(path: Path | str, name: str, axis: int) -> Iterator[np.ndarray]:
       CheckpointError: it cannot be read.
     """
     try:
-        store: Any = tensorstore.open(_leaf_spec(_state(path), name), open=True).result()
+        options: dict[str, Any] = {"context": reading()} if isinstance(path, str) else {}
+        store: Any = tensorstore.open(_leaf_spec(_state(path), name), open=True, **options).result()
         rows = store.chunk_layout.read_chunk.shape[axis]
         step = rows * max(1, PIECE_BYTES * store.shape[axis] // (rows * store.size * store.dtype.numpy_dtype.itemsize))
         for begin in range(0, store.shape[axis], step):
@@ -352,9 +353,7 @@ def _load(path: Path | str, abstract: Mapping[str, Any], largest: int) -> Any:
 
 def _load_from(address: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Reads some leaves from a bucket; of a leaf that is sharded, what the devices of this process hold."""
-    # The cache serves devices that hold the same part of a leaf.
-    shared = tensorstore.Context({"cache_pool": {"total_bytes_limit": CONCURRENT_BYTES}})
-    options: dict[str, Any] = {"open": True, "context": shared, "recheck_cached_data": False}
+    options: dict[str, Any] = {"open": True, "context": reading(), "recheck_cached_data": "open"}
     stores = {name: tensorstore.open(_leaf_spec(_state(address), name), **options) for name in abstract}
 
     def read(name: str, leaf: Any) -> Any:

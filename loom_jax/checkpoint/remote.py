@@ -16,6 +16,9 @@ import tensorstore
 
 from loom_jax.core import CheckpointError
 
+CACHE_BYTES = 2**28
+"""Of what was read last is kept: devices that hold the same part of a leaf ask for it one after another."""
+
 _ADDRESS = re.compile(r"(gs|s3):/+([^/]+)/*(.*)")
 
 
@@ -53,6 +56,12 @@ def storage(address: str) -> dict[str, Any]:
     return spec
 
 
+@functools.cache
+def reading() -> tensorstore.Context:
+    """Options for reading from buckets: one object, so that credentials are asked for once, and parts read once."""
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
 def read_file(address: str, name: str) -> bytes | None:
     """Returns the content of a file below an address; None where there is none.
 
@@ -60,7 +69,7 @@ def read_file(address: str, name: str) -> bytes | None:
       CheckpointError: the bucket cannot be read.
     """
     try:
-        found = tensorstore.KvStore.open(storage(address)).result().read(name).result()
+        found = tensorstore.KvStore.open(storage(address), context=reading()).result().read(name).result()
     except (OSError, ValueError, RuntimeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{address} cannot be read ({said}): check the address and the credentials") from error

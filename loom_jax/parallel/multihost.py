@@ -138,9 +138,7 @@ def _agree(error: Exception | None) -> None:
     try:
         said = gather(own)
     except (ValueError, RuntimeError) as lost:  # jax raises either where a connection ends
-        raise LoomError(
-            "another process of the job was killed or lost its connection: see its own lines"
-        ) from lost
+        raise LoomError("another process of the job was killed or lost its connection: see its own lines") from lost
     first = next((number for number, words in enumerate(said) if words is not None), jax.process_index())
     if first != jax.process_index():
         raise ElsewhereError(f"process {first} failed: {said[first][0]}", said[first][1]) from error
