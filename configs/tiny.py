@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "shift_factor": 0.1159,
                 "in_channels": 3,
                 "out_ch": 3,
+                "num_groups": 32,
             },
             "max_latent_size": 12,
             "vit_max_num_patch_per_side": 22,

@@ -194,6 +194,12 @@ def latents_output(config):
     return vae.sample(Moments(mean, mean), None)
 
 
+def moments_output(config):
+    """The posterior mean of some pixels."""
+    vae = Autoencoder(config.vae, rngs=nnx.Rngs(0))
+    return vae.encode(jax.random.normal(jax.random.key(1), (1, 12, 8, 3))).mean
+
+
 def timesteps_output(config):
     model = nnx.eval_shape(lambda: LoomModel(config, rngs=nnx.Rngs(0)))
     return split_timesteps(model.config.timestep_shift, two_rows().batch.targets, jnp.ones((2, 4)))
@@ -235,6 +241,7 @@ CHANGES = {
         "shift_factor": (0.2, latents_output),
         "in_channels": 4,
         "out_ch": 4,
+        "num_groups": (16, moments_output),
     },
     LoomConfig: {
         "max_latent_size": 8,
