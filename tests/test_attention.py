@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loom_jax.document import CAUSAL, FULL, NOISE, PADDING, TokenLayout, may_attend
-from loom_jax.nn import auto_attention, blockwise_attention, dense_attention
+from loom_jax.nn import auto_attention, blockwise_attention, dense_attention, document_attention
 from tests.tiny import relative
 
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 2, 23, 37, 6, 2, 14
@@ -67,16 +67,17 @@ def output_and_gradients(q, k, v, q_layout, k_layout, weight, attend, block=None
     return out, gradients
 
 
+@pytest.mark.parametrize("attend", [blockwise_attention, document_attention])
 @pytest.mark.parametrize(("block", "queries"), [(16, KEYS), (16, QUERIES), (8, QUERIES), (100, KEYS)])
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(drawn=layouts)
-def test_blockwise_equals_dense_forward_and_backward(block, queries, drawn):
+def test_backends_equal_dense_forward_and_backward(attend, block, queries, drawn):
     """On random documents, splits, modes and padding; blocks that do not divide; fewer queries than keys."""
     k_layout = batch_of(drawn)
     q_layout = first(k_layout, queries)
     q, k, v = qkv(queries)
     weight = np.random.default_rng(1).standard_normal(q.shape, np.float32)
-    out, gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, blockwise_attention, block)
+    out, gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, attend, block)
     expected, expected_gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, dense_attention)
     held = q_layout.document != PADDING
     np.testing.assert_allclose(out[held], expected[held], atol=2e-6)
@@ -99,7 +100,7 @@ def test_dense_is_the_softmax_over_what_the_rule_allows(drawn):
     np.testing.assert_allclose(out[held], expected[held], atol=2e-6)
 
 
-@pytest.mark.parametrize("attend", [dense_attention, blockwise_attention])
+@pytest.mark.parametrize("attend", [dense_attention, blockwise_attention, document_attention])
 def test_padding_rows_have_finite_outputs_and_gradients(attend):
     """Even a row of nothing but padding, and even where something weighs its output."""
     empty = TokenLayout(*(np.full((BATCH, KEYS), PADDING, np.int32),) * 5)
@@ -119,7 +120,9 @@ def some():
     return batch_of([(document, 3), (document, 4)])
 
 
-@pytest.mark.parametrize(("attend", "block"), [(dense_attention, None), (blockwise_attention, 16)])
+@pytest.mark.parametrize(
+    ("attend", "block"), [(dense_attention, None), (blockwise_attention, 16), (document_attention, 16)]
+)
 def test_documents_attend_only_within_themselves_bit_for_bit(attend, block):
     layout, (q, k, v) = some(), qkv(KEYS)
     other = (layout.document == 1)[..., None, None]
@@ -134,10 +137,11 @@ def test_documents_attend_only_within_themselves_bit_for_bit(attend, block):
         assert not np.asarray(after)[layout.document == 1].any()
 
 
-def test_nobody_sees_a_noisy_split_but_itself():
+@pytest.mark.parametrize("attend", [blockwise_attention, document_attention])
+def test_nobody_sees_a_noisy_split_but_itself(attend):
     layout, (q, k, v) = some(), qkv(KEYS)
     noisy = (layout.mode == NOISE) & (layout.document != PADDING)
-    run = functools.partial(output_and_gradients, attend=blockwise_attention, block=16)
+    run = functools.partial(output_and_gradients, attend=attend, block=16)
     before = run(q, k, v, layout, layout, np.ones_like(q))[0]
     after = run(q, k, np.where(noisy[..., None, None], v + 1, v), layout, layout, np.ones_like(q))[0]
     np.testing.assert_array_equal(before[~noisy], after[~noisy])
@@ -149,7 +153,7 @@ def test_half_precision_keeps_float32_softmax():
     half = [jnp.asarray(a, jnp.bfloat16) for a in tensors]
     held = layout.document != PADDING
     expected = dense_attention(*(a.astype(jnp.float32) for a in half), layout, layout)[held]
-    for attend in (dense_attention, blockwise_attention):
+    for attend in (dense_attention, blockwise_attention, document_attention):
         out = attend(*half, layout, layout)
         assert out.dtype == jnp.bfloat16
         assert relative(out.astype(jnp.float32)[held], expected) < 0.03

@@ -15,14 +15,14 @@ from loom_jax.document import NO_TOKEN
 from loom_jax.models.capture import Capture
 from loom_jax.models.mot import Constrain, Decoded, Decoder, Past, detach, unconstrained
 from loom_jax.models.siglip import Siglip
-from loom_jax.nn import Attend, PositionTable, TimestepEmbedder, dense_attention
+from loom_jax.nn import Attend, PositionTable, TimestepEmbedder, dense_attention, linear_dot
 
 
 class Connector(nnx.Module):
     """ViT features [B, V, Dv] -> decoder width [B, V, D]: Linear, gelu (tanh), Linear."""
 
     def __init__(self, vit_width: int, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs, "dot_general": linear_dot}
         self.fc1 = nnx.Linear(vit_width, width, **options)
         self.fc2 = nnx.Linear(width, width, **options)
 
@@ -56,11 +56,12 @@ class LoomModel(nnx.Module):
         self.connector = Connector(config.vit.hidden_size, width, **options)
         self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width, param_dtype=param_dtype)
         self.latent_pos_embed = PositionTable(config.max_latent_size, width, param_dtype=param_dtype)
+        linear = {**options, "dot_general": linear_dot}
         self.time_embedder = TimestepEmbedder(width, **options)
-        self.vae2llm = nnx.Linear(config.latent_dim, width, **options)
+        self.vae2llm = nnx.Linear(config.latent_dim, width, **linear)
         self.decoder = Decoder(config.decoder, **options)
-        self.lm_head = nnx.Linear(width, config.decoder.vocab_size, use_bias=False, **options)
-        self.llm2vae = nnx.Linear(width, config.latent_dim, **options)
+        self.lm_head = nnx.Linear(width, config.decoder.vocab_size, use_bias=False, **linear)
+        self.llm2vae = nnx.Linear(width, config.latent_dim, **linear)
 
     def vit_tokens(self, streams: Streams, attend: Attend = dense_attention, remat: str = "none") -> jax.Array:
         """Returns the ViT tokens of each row's pool, [B, V, D]."""

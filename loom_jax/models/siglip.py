@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from loom_jax.core import SiglipConfig
 from loom_jax.document import FULL, PADDING, TokenLayout
-from loom_jax.nn import Attend, dense_attention, scan_layers, stack_layers
+from loom_jax.nn import Attend, dense_attention, linear_dot, scan_layers, stack_layers
 
 
 class SiglipActivations(NamedTuple):
@@ -33,14 +33,15 @@ class SiglipLayer(nnx.Module):
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         width, heads = config.hidden_size, (config.num_heads, config.hidden_size // config.num_heads)
         options: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        linear = {**options, "dot_general": linear_dot}
         self.layer_norm1 = _layer_norm(config, options)
-        self.q_proj = nnx.LinearGeneral(width, heads, **options)
-        self.k_proj = nnx.LinearGeneral(width, heads, **options)
-        self.v_proj = nnx.LinearGeneral(width, heads, **options)
-        self.out_proj = nnx.LinearGeneral(heads, width, axis=(-2, -1), **options)
+        self.q_proj = nnx.LinearGeneral(width, heads, **linear)
+        self.k_proj = nnx.LinearGeneral(width, heads, **linear)
+        self.v_proj = nnx.LinearGeneral(width, heads, **linear)
+        self.out_proj = nnx.LinearGeneral(heads, width, axis=(-2, -1), **linear)
         self.layer_norm2 = _layer_norm(config, options)
-        self.fc1 = nnx.Linear(width, config.intermediate_size, **options)
-        self.fc2 = nnx.Linear(config.intermediate_size, width, **options)
+        self.fc1 = nnx.Linear(width, config.intermediate_size, **linear)
+        self.fc2 = nnx.Linear(config.intermediate_size, width, **linear)
 
     def __call__(self, x: jax.Array, layout: TokenLayout, attend: Attend) -> jax.Array:
         y = self.layer_norm1(x)

@@ -9,6 +9,7 @@ from loom_jax.nn.attention import (
     dense_attention,
 )
 from loom_jax.nn.backends import ATTENTION_BACKENDS, choose_attention
+from loom_jax.nn.document_attention import document_attention
 from loom_jax.nn.embeddings import PositionTable, TimestepEmbedder, sincos_2d_table, timestep_sinusoid
 from loom_jax.nn.flow import (
     denoising_schedule,
@@ -18,7 +19,7 @@ from loom_jax.nn.flow import (
     velocity_target,
 )
 from loom_jax.nn.keys import Purpose, make_key
-from loom_jax.nn.projection import Projection, quantize_int8
+from loom_jax.nn.projection import Projection, linear_dot, quantize_int8
 from loom_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
 from loom_jax.nn.stack import REMAT_POLICIES, scan_layers, stack_layers
 from loom_jax.nn.tpu_attention import tpu_attention
@@ -39,7 +40,9 @@ __all__ = [
     "choose_attention",
     "denoising_schedule",
     "dense_attention",
+    "document_attention",
     "interpolate",
+    "linear_dot",
     "make_key",
     "quantize_int8",
     "rope_frequencies",

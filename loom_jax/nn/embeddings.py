@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from loom_jax.nn.projection import linear_dot
+
 SINUSOID_WIDTH = 256
 """Width of the timestep sinusoid before its projection."""
 
@@ -38,7 +40,7 @@ class TimestepEmbedder(nnx.Module):
     """Timestep [...] -> [..., D]: sinusoid, Linear, silu, Linear."""
 
     def __init__(self, hidden_size: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs, "dot_general": linear_dot}
         self.fc1 = nnx.Linear(SINUSOID_WIDTH, hidden_size, **options)
         self.fc2 = nnx.Linear(hidden_size, hidden_size, **options)
 

@@ -10,15 +10,19 @@ from flax import nnx
 
 from loom_jax.core import ConfigError
 from loom_jax.nn.attention import ATTENTION_OUTPUT
+from loom_jax.nn.projection import LINEAR_OUTPUT
 
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, LINEAR_OUTPUT),
+    ),
 }
 """What a layer keeps for its backward pass: everything, nothing but its input, besides it what attention gave (if the
-backend names it), or the outputs of its projections."""
+backend names it), or that and the outputs of its projections."""
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:

@@ -122,15 +122,14 @@ class _Setting(NamedTuple):
     interpret: bool
 
 
-def _fetches(codes: Codes, setting: _Setting) -> tuple[jax.Array, jax.Array]:
-    """Returns which block to hold at each step, flat int32: [B, nq, nk] of keys, and [B, nk, nq] of queries.
+def meeting_blocks(codes: Codes, q_block: int, k_block: int) -> jax.Array:
+    """Returns which blocks of queries may see something in which blocks of keys, bool [B, nq, nk].
 
-    A step whose own number is not the one to hold has nothing to do, and nothing is fetched for it. Blocks are judged
-    by the ranges of their codes, which is enough for documents that lie together.
+    Blocks are judged by the ranges of their codes, which is enough for documents that lie together.
     """
     shape = codes.first.shape[0], -1
-    first, last, own = (a.reshape(*shape, setting.q_block) for a in codes[:3])
-    code = codes.code.reshape(*shape, setting.k_block)
+    first, last, own = (a.reshape(*shape, q_block) for a in codes[:3])
+    code = codes.code.reshape(*shape, k_block)
     seeing, noise = last > first, code < -1
     first, last = jnp.where(seeing, first, _LAST).min(axis=2), last.max(axis=2)
     own_low, own_high = jnp.where(own == _NOBODY, _LAST, own).min(axis=2), own.max(axis=2)
@@ -140,7 +139,15 @@ def _fetches(codes: Codes, setting: _Setting) -> tuple[jax.Array, jax.Array]:
     def meet(q_range: tuple[jax.Array, jax.Array], k_range: tuple[jax.Array, jax.Array]) -> jax.Array:
         return (q_range[0][:, :, None] <= k_range[1][:, None]) & (k_range[0][:, None] <= q_range[1][:, :, None])
 
-    needed = meet((first, last - 1), (low, high)) | meet((own_low, own_high), (noise_low, noise_high))
+    return meet((first, last - 1), (low, high)) | meet((own_low, own_high), (noise_low, noise_high))
+
+
+def _fetches(codes: Codes, setting: _Setting) -> tuple[jax.Array, jax.Array]:
+    """Returns which block to hold at each step, flat int32: [B, nq, nk] of keys, and [B, nk, nq] of queries.
+
+    A step whose own number is not the one to hold has nothing to do, and nothing is fetched for it.
+    """
+    needed = meeting_blocks(codes, setting.q_block, setting.k_block)
 
     def held(needed: jax.Array) -> jax.Array:
         numbers = jnp.arange(needed.shape[2])

@@ -11,7 +11,7 @@ from loom_jax.data import Streams, Targets
 from loom_jax.document import NO_TOKEN
 from loom_jax.models import Constrain, LoomModel, unconstrained
 from loom_jax.models.mot import Decoded
-from loom_jax.nn import Attend, auto_attention, interpolate, training_timesteps, velocity_target
+from loom_jax.nn import Attend, auto_attention, interpolate, linear_dot, training_timesteps, velocity_target
 
 
 class LossSums(NamedTuple):
@@ -52,7 +52,7 @@ def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Arra
     vocab = kernel.shape[1]
     parts = vocabulary_chunks(vocab, chunk)
     if parts == 1:
-        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = linear_dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
         return cross_entropy(logits, labels)
     width = -(-vocab // parts)
     filled = jnp.pad(kernel.astype(hidden.dtype), ((0, 0), (0, width * parts - vocab)))
