@@ -19,6 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
         "z_channels": 16,
         "scale_factor": 1.0,
         "shift_factor": 0.0,
+        "in_channels": 3,
+        "out_ch": 3,
         "num_groups": 8,
     }
     config.pictures = {

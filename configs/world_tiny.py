@@ -13,6 +13,8 @@ the planned rows give the plan instead of learning it, because without it they c
 
 import ml_collections
 
+from loom_jax.configs import world_autoencoder
+
 WEIGHTS = {
     "tutorial": 2.0,
     "tutorial_frames": 2.0,
@@ -50,17 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
             "num_positions": 16,
             "layer_norm_eps": 1e-6,
         },
-        "vae": {
-            "ch": 16,
-            "ch_mult": (1, 2, 4, 4),
-            "num_res_blocks": 1,
-            "z_channels": 16,
-            "scale_factor": 1.0,
-            "shift_factor": 0.0,
-            "in_channels": 3,
-            "out_ch": 3,
-            "num_groups": 8,
-        },
+        "vae": world_autoencoder.get_config().vae.to_dict(),
         "max_latent_size": 4,
         "vit_max_num_patch_per_side": 4,
         "latent_patch_size": 2,

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from loom_jax.document import NOISE, PADDING, TokenLayout
 from loom_jax.nn.attention import ATTENTION_OUTPUT
-from loom_jax.nn.tpu_attention import Codes, attention_codes, meeting_blocks
+from loom_jax.nn.attention_codes import NOBODY, Codes, attention_codes, meeting_blocks
 
 _MASKED, _START = -1e30, -1e29
 """The logit of a forbidden pair, and the first peak: above it, so that the pair's weight is 0 even in an empty row."""
@@ -41,7 +41,7 @@ def document_attention(
     codes = Codes(
         first=q_sort.take(codes.first, 0),
         last=q_sort.take(codes.last, 0),
-        own=q_sort.take(codes.own, -(2**31)),
+        own=q_sort.take(codes.own, NOBODY),
         code=k_sort.take(codes.code, -1),
     )
     pairs = _pairs(meeting_blocks(codes, *sizes))

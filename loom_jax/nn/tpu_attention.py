@@ -1,9 +1,6 @@
 """Attention on TPUs: a Pallas kernel with an online softmax that skips the blocks in which nobody sees anybody.
 
-The rule of loom_jax.document.mask is turned into numbers that a kernel compares. A key that is not noise has the code
-`document * 2^20 + order`: what a query sees of such keys is one range of codes, from the first token of its document
-to itself, or to the end of its own split if that is full. A key that is noise has a negative code that belongs to its
-split, and a noise query sees that one code besides. So a pair takes three comparisons, however the tokens are sorted.
+Who sees whom is compared by the numbers of `attention_codes`.
 
 All query heads of one key head are worked on together: they share the keys, the values and the mask. The backward pass
 is that of FlashAttention-2 (Dao 2023, algorithm 2), as one kernel for the queries and one for the keys and values.
@@ -21,50 +18,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from loom_jax.document import CAUSAL, NOISE, PADDING, TokenLayout
+from loom_jax.document import TokenLayout
 from loom_jax.nn.attention import ATTENTION_OUTPUT, dense_attention
+from loom_jax.nn.attention_codes import NOBODY, Codes, attention_codes, meeting_blocks
 
 LANES = 128
 """Width of a TPU's vector registers: head widths and blocks are multiples of it."""
 
-_ORDERS = 2**20
-_SPLITS = 2**16
-_NOBODY, _LAST = -(2**31), 2**31 - 1
 _START, _MASKED = -1e30, -2e30
 """The first peak, and the logit of a forbidden pair: below it, so that its weight is 0 even in an empty row."""
 
 _VMEM_BYTES = 48 * 2**20
-
-
-class Codes(NamedTuple):
-    """What a query sees: keys with first <= code < last, or code == own. int32 [B, Q] and, for `code`, [B, N]."""
-
-    first: jax.Array
-    last: jax.Array
-    own: jax.Array
-    code: jax.Array
-
-
-def attention_codes(q_layout: TokenLayout, k_layout: TokenLayout) -> Codes:
-    """Returns the numbers that stand for the rule. Documents have fewer than 2^20 tokens and 2^16 splits."""
-    # One number for a split: the comparison below is made for every pair.
-    q_split = jnp.where(q_layout.mode == CAUSAL, _NOBODY, q_layout.document * _SPLITS + q_layout.split)
-    k_split = k_layout.document * _SPLITS + k_layout.split
-    in_split = jnp.where(q_split[:, :, None] == k_split[:, None, :], k_layout.order[:, None, :], -1)
-    reach = jnp.maximum(q_layout.order, in_split.max(axis=2))
-
-    def noise_code(layout: TokenLayout) -> jax.Array:
-        return -2 - layout.document * _SPLITS - layout.split
-
-    first = q_layout.document * _ORDERS
-    held = q_layout.document != PADDING
-    code = jnp.where(k_layout.mode == NOISE, noise_code(k_layout), k_layout.document * _ORDERS + k_layout.order)
-    return Codes(
-        first=jnp.where(held, first, 0),
-        last=jnp.where(held, first + reach + 1, 0),
-        own=jnp.where(held & (q_layout.mode == NOISE), noise_code(q_layout), _NOBODY),
-        code=jnp.where(k_layout.document == PADDING, -1, code),
-    )
 
 
 def tpu_attention(
@@ -92,7 +56,7 @@ def tpu_attention(
     wide = _fill(q.reshape(batch, q_len, groups, -1, width), sizes[0], 1).transpose(0, 2, 3, 1, 4)
     keys, values = (_fill(a, sizes[1], 1).transpose(0, 2, 1, 3) for a in (k, v))
     wide, keys, values = (_fill(a, LANES, -1) for a in (wide, keys, values))
-    first, last, own = (_fill(a, sizes[0], 1, fill) for a, fill in zip(codes[:3], (0, 0, _NOBODY), strict=True))
+    first, last, own = (_fill(a, sizes[0], 1, fill) for a, fill in zip(codes[:3], (0, 0, NOBODY), strict=True))
     code = _fill(codes.code, sizes[1], 1, -1)
     setting = _Setting(*sizes, width**-0.5, interpret)
     out = _flash(wide, keys, values, Codes(first, last, own, code), setting)
@@ -120,26 +84,6 @@ class _Setting(NamedTuple):
     k_block: int
     scale: float
     interpret: bool
-
-
-def meeting_blocks(codes: Codes, q_block: int, k_block: int) -> jax.Array:
-    """Returns which blocks of queries may see something in which blocks of keys, bool [B, nq, nk].
-
-    Blocks are judged by the ranges of their codes, which is enough for documents that lie together.
-    """
-    shape = codes.first.shape[0], -1
-    first, last, own = (a.reshape(*shape, q_block) for a in codes[:3])
-    code = codes.code.reshape(*shape, k_block)
-    seeing, noise = last > first, code < -1
-    first, last = jnp.where(seeing, first, _LAST).min(axis=2), last.max(axis=2)
-    own_low, own_high = jnp.where(own == _NOBODY, _LAST, own).min(axis=2), own.max(axis=2)
-    low, high = jnp.where(code >= 0, code, _LAST).min(axis=2), code.max(axis=2)
-    noise_low, noise_high = jnp.where(noise, code, _LAST).min(axis=2), jnp.where(noise, code, _NOBODY).max(axis=2)
-
-    def meet(q_range: tuple[jax.Array, jax.Array], k_range: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return (q_range[0][:, :, None] <= k_range[1][:, None]) & (k_range[0][:, None] <= q_range[1][:, :, None])
-
-    return meet((first, last - 1), (low, high)) | meet((own_low, own_high), (noise_low, noise_high))
 
 
 def _fetches(codes: Codes, setting: _Setting) -> tuple[jax.Array, jax.Array]:
