@@ -17,10 +17,12 @@ from tests.test_attention import first, qkv, some
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.parametrize("outputs", [(6, 4), (2,), (1, 2)])
 @pytest.mark.parametrize("inner", [1, 2])
-def test_linear_dot_has_the_values_and_gradients_of_a_plain_product(inner):
+def test_linear_dot_has_the_values_and_gradients_of_a_plain_product(inner, outputs):
     rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 5, 4, 3), (4, 3, 6, 2)[2 - inner :]))
+    shapes = (2, 5, 4, 3), (*(4, 3)[2 - inner :], *outputs)
+    x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
     weight = jnp.asarray(rng.standard_normal(jnp.tensordot(x, kernel, inner).shape), jnp.float32)
 
     def plain(x, kernel):

@@ -1,13 +1,14 @@
-"""Attention by documents: tokens are sorted by document, and only pairs of blocks that see each other are computed.
+"""Attention by documents: tokens are sorted by document, and a block of queries meets the keys of its documents alone.
 
-Queries and keys are sorted by (document, split, order), those of noise apart, since later splits do not see them. What
-a block of queries needs is then few neighbouring blocks of keys, so the cost is that of the documents one by one, not
-that of the row, wherever the two streams left their tokens. One loop runs over the needed pairs of blocks of all rows;
-their number is not known when compiling. The sums are those of FlashAttention-2 (Dao 2023).
+Queries and keys are sorted by document, in it by order, and noise comes last. All keys that a block of queries may see
+then lie in one range, which is read at once: the cost is that of the documents one by one, not that of the row,
+wherever the two streams left their tokens. How long the ranges are is not known when compiling, so there is a loop for
+each of a few lengths, over the blocks whose ranges it fits. The sums are those of FlashAttention-2 (Dao 2023).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,23 +21,23 @@ from loom_jax.nn.attention import ATTENTION_OUTPUT
 from loom_jax.nn.attention_codes import NOBODY, Codes, attention_codes, meeting_blocks
 
 _MASKED, _START = -1e30, -1e29
-"""The logit of a forbidden pair, and the first peak: above it, so that the pair's weight is 0 even in an empty row."""
+"""The logit of a forbidden pair, and the least peak: above it, so that the pair's weight is 0 even in an empty row."""
 
 
 def document_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout, block_size: int = 64
+    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout, block_size: int = 32
 ) -> jax.Array:
-    """Computes attention over pairs of sorted blocks; memory is linear in the length, forward and backward.
+    """Computes attention over sorted blocks of queries; memory is linear in the length, forward and backward.
 
-    Meant for CPUs, where a loop of unknown length costs nothing and a block lies in the cache.
+    Meant for CPUs, where a loop of unknown length costs nothing and what a block needs lies in the cache.
 
     Args:
-      block_size: queries and keys of a block.
+      block_size: queries of a block; lengths of ranges are counted in it.
     """
     (batch, q_len, heads, width), groups = q.shape, k.shape[2]
-    sizes = min(block_size, q_len), min(block_size, k.shape[1])
-    q_sort = _Sorting(q_layout, sizes[0])
-    k_sort = q_sort if k_layout is q_layout else _Sorting(k_layout, sizes[1])
+    block = min(block_size, q_len)
+    q_sort = _Sorting(q_layout, block)
+    k_sort = q_sort if k_layout is q_layout else _Sorting(k_layout, block)
     codes = attention_codes(q_layout, k_layout)
     codes = Codes(
         first=q_sort.take(codes.first, 0),
@@ -44,39 +45,59 @@ def document_attention(
         own=q_sort.take(codes.own, NOBODY),
         code=k_sort.take(codes.code, -1),
     )
-    pairs = _pairs(meeting_blocks(codes, *sizes))
-    # [B, S, H, A] -> [B * blocks, K, R * block, A], and keys [B * blocks, K, block, A].
-    queries = _cut(q_sort.sort(q), sizes[0]).reshape(-1, groups, heads // groups * sizes[0], width)
-    keys, values = (_cut(k_sort.sort(x), sizes[1]) for x in (k, v))
-    flat = Codes(*(a.reshape(-1, size) for a, size in zip(codes, (*sizes[:1] * 3, sizes[1]), strict=True)))
-    out = _attend(queries, keys, values, flat, pairs)
-    out = out.reshape(batch, -1, heads, sizes[0], width).swapaxes(2, 3).reshape(batch, -1, heads, width)
+    # [B, S, H, A] -> [B * blocks, K, R * block, A], and keys [B, K, S, A].
+    queries = q_sort.sort(q).reshape(-1, block, heads, width).swapaxes(1, 2)
+    queries = queries.reshape(-1, groups, heads // groups * block, width)
+    keys, values = (k_sort.sort(x).swapaxes(1, 2) for x in (k, v))
+    spans = _spans(codes, block)
+    first, last, own = (a.reshape(-1, block) for a in codes[:3])
+    flat = Codes(first, last, own, codes.code)
+    out = _attend(queries, keys, values, flat, spans)
+    out = out.reshape(batch, -1, heads, block, width).swapaxes(2, 3).reshape(batch, -1, heads, width)
     return q_sort.unsort(out[:, :q_len])
 
 
-class Pairs(NamedTuple):
-    """Numbers of the blocks, counted over all rows, of each needed pair; `number` of them are real."""
+class Spans(NamedTuple):
+    """Where the keys of each block of queries lie, int32 [B * blocks]; blocks are counted over all rows.
 
-    query: jax.Array
-    key: jax.Array
-    number: jax.Array
+    Attributes:
+      start: the first key of the block's range, in its row.
+      order: the blocks, by the length that their ranges are rounded up to.
+      bounds: [lengths + 1] where in `order` the blocks of each length begin.
+    """
+
+    start: jax.Array
+    order: jax.Array
+    bounds: jax.Array
 
 
-def _pairs(needed: jax.Array) -> Pairs:
-    """needed [B, nq, nk] -> the pairs of blocks that are, ordered by query."""
-    batch, num_q, num_k = needed.shape
-    flat = jnp.nonzero(needed.reshape(-1), size=needed.size, fill_value=0)[0]
-    return Pairs(flat // num_k, flat // (num_q * num_k) * num_k + flat % num_k, needed.sum())
+def _lengths(keys: int, block: int) -> list[int]:
+    """Lengths that ranges are rounded up to: 1, 2, 3, 4, 6, 8, 12, ... blocks, at most all keys."""
+    counts = sorted({1, *(2**n for n in range(1, 24)), *(3 * 2**n for n in range(23))})
+    return [*(count * block for count in counts if count * block < keys), keys]
+
+
+def _spans(codes: Codes, block: int) -> Spans:
+    """Finds the range of each block of queries."""
+    keys = codes.code.shape[1]
+    needed = meeting_blocks(codes, block, 1)
+    first = jnp.argmax(needed, axis=2)
+    length = jnp.where(needed.any(axis=2), keys - jnp.argmax(needed[:, :, ::-1], axis=2) - first, 0).reshape(-1)
+    lengths = jnp.asarray(_lengths(keys, block))
+    kind = jnp.searchsorted(lengths, length)
+    # A slice that would reach over the end begins earlier.
+    start = jnp.minimum(first.reshape(-1), keys - lengths[kind])
+    order = jnp.argsort(kind)
+    return Spans(start, order, jnp.searchsorted(kind[order], jnp.arange(len(lengths) + 1)))
 
 
 def _place_code(layout: TokenLayout) -> jax.Array:
-    """One number for the place of a token in the order of attention: clean ones by document, noise, then padding.
+    """One number for the place of a token in the order of attention.
 
-    Only speed depends on it: with more than 1,024 documents in a row noise would lie between clean tokens.
+    Only speed depends on it: documents beyond the first 2,047 of a row would lie in disorder.
     """
-    clean = layout.document * 2**20 + layout.order
-    noise = 2**30 + layout.document * 2**16 + layout.split
-    return jnp.where(layout.document == PADDING, 2**31 - 1, jnp.where(layout.mode == NOISE, noise, clean))
+    place = layout.document * 2**20 + jnp.where(layout.mode == NOISE, 2**19 + layout.split, layout.order)
+    return jnp.where(layout.document == PADDING, 2**31 - 1, place)
 
 
 class _Sorting:
@@ -113,77 +134,91 @@ _permute.defvjp(
 )
 
 
-def _cut(x: jax.Array, block: int) -> jax.Array:
-    """[B, n * block, H, A] -> [B * n, H, block, A]."""
-    return x.reshape(-1, block, *x.shape[2:]).swapaxes(1, 2)
-
-
-def _mask(codes: Codes, i: jax.Array, j: jax.Array) -> jax.Array:
-    """Who of query block i may attend to whom of key block j, bool [q, k]."""
-    first, last, own = (a[i][:, None] for a in codes[:3])
-    code = codes.code[j][None]
-    return ((first <= code) & (code < last)) | (code == own)
-
-
-def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled and masked logits of blocks [K, R q, A] and [K, k, A]: float32 [K, R q, k]."""
-    logits = _dot(q, k, 2, 2) * q.shape[-1] ** -0.5
-    return jnp.where(mask, logits.reshape(len(q), -1, *mask.shape), _MASKED).reshape(logits.shape)
-
-
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """Matrix products of a batch, float32, summed over the axes named."""
     numbers = (((a_axis,), (b_axis,)), ((0,), (0,)))
     return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
 
 
+class _Part(NamedTuple):
+    """What the loop for one length reads for block i of queries."""
+
+    row: jax.Array
+    start: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    logits: jax.Array
+    """Scaled and masked, float32 [K, R q, k]."""
+
+
+def _read(q: jax.Array, k: jax.Array, v: jax.Array, codes: Codes, spans: Spans, length: int, i: jax.Array) -> _Part:
+    row, start = i // (len(q) // len(k)), spans.start[i]
+    qb = q[i]
+    kb, vb = (lax.dynamic_slice(x, (row, 0, start, 0), (1, x.shape[1], length, x.shape[3]))[0] for x in (k, v))
+    code = lax.dynamic_slice(codes.code, (row, start), (1, length))
+    first, last, own = (a[i][:, None] for a in codes[:3])
+    mask = ((first <= code) & (code < last)) | (code == own)
+    logits = _dot(qb, kb, 2, 2) * q.shape[-1] ** -0.5
+    logits = jnp.where(mask, logits.reshape(len(qb), -1, *mask.shape), _MASKED).reshape(logits.shape)
+    return _Part(row, start, qb, kb, vb, logits)
+
+
+def _over_blocks(lengths: list[int], spans: Spans, step: Callable[..., Any], carry: Any) -> Any:
+    """Runs step(length, i, carry) for every block i of queries, with the length of its range."""
+    for number, length in enumerate(lengths):
+
+        def body(n: jax.Array, carry: Any, length: int = length) -> Any:
+            return step(length, spans.order[n], carry)
+
+        carry = lax.fori_loop(spans.bounds[number], spans.bounds[number + 1], body, carry)
+    return carry
+
+
 @jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, codes: Codes, pairs: Pairs) -> jax.Array:
-    return _forward(q, k, v, codes, pairs)[0]
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, codes: Codes, spans: Spans) -> jax.Array:
+    return _forward(q, k, v, codes, spans)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, codes: Codes, pairs: Pairs) -> tuple[jax.Array, tuple[Any, ...]]:
-    def step(n: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        i, j = pairs.query[n], pairs.key[n]
-        old, total, out = (a[i] for a in carry)
-        logits = _logits(q[i], k[j], _mask(codes, i, j))
-        peak = jnp.maximum(old, logits.max(-1))
-        weights, shrink = jnp.exp(logits - peak[..., None]), jnp.exp(old - peak)
-        out = out * shrink[..., None] + _dot(weights.astype(v.dtype), v[j], 2, 1)
-        new = peak, total * shrink + weights.sum(-1), out
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, codes: Codes, spans: Spans) -> tuple[jax.Array, tuple[Any, ...]]:
+    def step(length: int, i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        part = _read(q, k, v, codes, spans, length, i)
+        peak = jnp.maximum(part.logits.max(-1), _START)
+        weights = jnp.exp(part.logits - peak[..., None])
+        total = jnp.maximum(weights.sum(-1), jnp.finfo(jnp.float32).tiny)
+        out = _dot(weights.astype(v.dtype), part.v, 2, 1) / total[..., None]
+        new = out.astype(q.dtype), peak + jnp.log(total)
         return tuple(lax.dynamic_update_index_in_dim(a, x, i, 0) for a, x in zip(carry, new, strict=True))
 
-    zeros = jnp.zeros(q.shape, jnp.float32)
-    start = (zeros[..., 0] + _START, zeros[..., 0], zeros)
-    peak, total, out = lax.fori_loop(0, pairs.number, step, start)
-    total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    out = checkpoint_name((out / total[..., None]).astype(q.dtype), ATTENTION_OUTPUT)
-    log_total = checkpoint_name(peak + jnp.log(total), ATTENTION_OUTPUT)
-    return out, (q, k, v, codes, pairs, out, log_total)
+    block = codes.first.shape[1]
+    start = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)
+    out, log_total = _over_blocks(_lengths(k.shape[2], block), spans, step, start)
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
+    log_total = checkpoint_name(log_total, ATTENTION_OUTPUT)
+    return out, (q, k, v, codes, spans, out, log_total)
 
 
 def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[Any, ...]:
-    q, k, v, codes, pairs, out, log_total = saved
+    q, k, v, codes, spans, out, log_total = saved
     scale = q.shape[-1] ** -0.5
     delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
-    def step(n: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        i, j = pairs.query[n], pairs.key[n]
-        qb, kb, vb, gb = q[i], k[j], v[j], grad[i]
-        weights = jnp.exp(_logits(qb, kb, _mask(codes, i, j)) - log_total[i][..., None])
-        slopes = weights * (_dot(gb, vb, 2, 2) - delta[i][..., None]) * scale
-        adds = (
-            (i, _dot(slopes.astype(kb.dtype), kb, 2, 1)),
-            (j, _dot(slopes.astype(qb.dtype), qb, 1, 1)),
-            (j, _dot(weights.astype(gb.dtype), gb, 1, 1)),
-        )
-        return tuple(
-            lax.dynamic_update_index_in_dim(a, a[at] + x, at, 0) for a, (at, x) in zip(carry, adds, strict=True)
-        )
+    def step(length: int, i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        part, gb = _read(q, k, v, codes, spans, length, i), grad[i]
+        weights = jnp.exp(part.logits - log_total[i][..., None])
+        slopes = weights * (_dot(gb, part.v, 2, 2) - delta[i][..., None]) * scale
+        dq, *to_keys = carry
+        dq = lax.dynamic_update_index_in_dim(dq, _dot(slopes.astype(k.dtype), part.k, 2, 1).astype(dq.dtype), i, 0)
+        adds = _dot(slopes.astype(q.dtype), part.q, 1, 1), _dot(weights.astype(gb.dtype), gb, 1, 1)
+        at = (part.row, 0, part.start, 0)
+        for number, add in enumerate(adds):
+            old = lax.dynamic_slice(to_keys[number], at, (1, *add.shape))
+            to_keys[number] = lax.dynamic_update_slice(to_keys[number], old + add, at)
+        return dq, *to_keys
 
-    start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-    grads = lax.fori_loop(0, pairs.number, step, start)
-    return *(g.astype(a.dtype) for g, a in zip(grads, (q, k, v), strict=True)), None, None
+    start = jnp.zeros_like(q), *(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
+    dq, *to_keys = _over_blocks(_lengths(k.shape[2], codes.first.shape[1]), spans, step, start)
+    return dq, *(g.astype(k.dtype) for g in to_keys), None, None
 
 
 _attend.defvjp(_forward, _backward)

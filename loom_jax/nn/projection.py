@@ -41,9 +41,10 @@ def linear_dot(
 ) -> jax.Array:
     """A `dot_general` of linear layers, x [..., in...] and kernel [in..., out...], whose backward pass suits CPUs.
 
-    JAX forms a kernel's gradient as the transpose of gradient^T x; XLA then moves the transposition onto the gradient,
-    and with it onto what it fuses there, such as the slope of an activation, at several times the cost on a CPU. Here
-    it is x^T gradient from the start.
+    A kernel's gradient is a product of two activations of which one must be transposed. JAX always transposes the
+    gradient, and XLA then fuses the transposition with what the gradient is computed by, such as the slope of an
+    activation, at several times the cost on a CPU. Here the narrower of the two is transposed, which in a gated MLP is
+    never the one behind the activation.
 
     Args:
       dimension_numbers: only how many axes are summed over is read: the last of x, the first of the kernel.
@@ -70,7 +71,11 @@ def _linear_dot_backward(inner: int, dtype: DTypeLike, saved: Any, grad: jax.Arr
     rows = tuple(range(x.ndim - inner))
     outer = tuple(range(len(rows), grad.ndim)), tuple(range(inner, kernel.ndim))
     dx = jax.lax.dot_general(grad, kernel, (outer, ((), ())), preferred_element_type=dtype)
-    dk = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), preferred_element_type=dtype)
+    if math.prod(kernel.shape[:inner]) <= math.prod(kernel.shape[inner:]):
+        dk = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), preferred_element_type=dtype)
+    else:
+        dk = jax.lax.dot_general(grad, x, ((rows, rows), ((), ())), preferred_element_type=dtype)
+        dk = jnp.moveaxis(dk, range(kernel.ndim - inner), range(inner - kernel.ndim, 0))
     return dx.astype(x.dtype), dk.astype(kernel.dtype)
 
 
