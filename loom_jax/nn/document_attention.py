@@ -25,7 +25,7 @@ _MASKED, _START = -1e30, -1e29
 
 
 def document_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout, block_size: int = 32
+    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout, block_size: int = 64
 ) -> jax.Array:
     """Computes attention over sorted blocks of queries; memory is linear in the length, forward and backward.
 
@@ -202,23 +202,28 @@ def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[Any, ...]:
     q, k, v, codes, spans, out, log_total = saved
     scale = q.shape[-1] ** -0.5
     delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    # Gradients of keys and values are formed as [B, K, A, S]: from [A, R q] x [R q, k] no product needs a transposition
+    # of the weights.
+    q_turned, grad_turned = q.swapaxes(2, 3), grad.swapaxes(2, 3)
 
     def step(length: int, i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        part, gb = _read(q, k, v, codes, spans, length, i), grad[i]
+        slopes_of, *to_keys = carry
+        part, gb = _read(q, k, v, codes, spans, length, i), slopes_of[i]
         weights = jnp.exp(part.logits - log_total[i][..., None])
         slopes = weights * (_dot(gb, part.v, 2, 2) - delta[i][..., None]) * scale
-        dq, *to_keys = carry
-        dq = lax.dynamic_update_index_in_dim(dq, _dot(slopes.astype(k.dtype), part.k, 2, 1).astype(dq.dtype), i, 0)
-        adds = _dot(slopes.astype(q.dtype), part.q, 1, 1), _dot(weights.astype(gb.dtype), gb, 1, 1)
-        at = (part.row, 0, part.start, 0)
+        dq = _dot(slopes.astype(k.dtype), part.k, 2, 1).astype(q.dtype)
+        adds = _dot(q_turned[i], slopes.astype(q.dtype), 2, 1), _dot(grad_turned[i], weights.astype(grad.dtype), 2, 1)
+        at = (part.row, 0, 0, part.start)
         for number, add in enumerate(adds):
             old = lax.dynamic_slice(to_keys[number], at, (1, *add.shape))
             to_keys[number] = lax.dynamic_update_slice(to_keys[number], old + add, at)
-        return dq, *to_keys
+        return lax.dynamic_update_index_in_dim(slopes_of, dq, i, 0), *to_keys
 
-    start = jnp.zeros_like(q), *(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
+    # A block's gradient of queries takes the place of what came from above, which no other block reads.
+    turned = (*k.shape[:2], k.shape[3], k.shape[2])
+    start = grad, *(jnp.zeros(turned, jnp.float32) for _ in range(2))
     dq, *to_keys = _over_blocks(_lengths(k.shape[2], codes.first.shape[1]), spans, step, start)
-    return dq, *(g.astype(k.dtype) for g in to_keys), None, None
+    return dq, *(g.swapaxes(2, 3).astype(k.dtype) for g in to_keys), None, None
 
 
 _attend.defvjp(_forward, _backward)
