@@ -1,6 +1,7 @@
 """What each of Loom's ideas is worth: trains every variant of configs/world_ablation.py, and compares them.
 
-Run: python benchmarks/ablation.py --vae runs/world_autoencoder --runs runs/ablation --out out/ablation
+    python -m benchmarks ablation --vae runs/world_autoencoder --runs runs/ablation --out out/ablation
+
 Runs that are there already, finished or not, are gone on with; what was scored is not scored again. Writes table.md and
 table.json into --out. All variants are trained for as many steps on as many rows; requests, noise and seeds of the
 pictures are the same for all, so differences are taken request by request.
@@ -34,9 +35,9 @@ SETTINGS = dataclasses.replace(api.LOOM_SETTINGS, num_timesteps=16, cfg_text_sca
 Scores = Mapping[str, Any]
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     """Trains, scores and compares."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(argv)
     unknown = sorted(set(args.variant or ()) - set(VARIANTS))
     if unknown:
         sys.exit(f"--variant {unknown[0]}: there are {', '.join(VARIANTS)}")
@@ -47,10 +48,15 @@ def main() -> None:
             _train(variant, seed, folder, args)
             scored.setdefault(variant, []).append(_score(variant, folder, args))
             _write(args.out, scored)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks ablation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--vae", type=Path, required=True, metavar="DIR", help="finished run of configs/world_autoencoder.py")
     add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help="where the runs are [runs/ablation]")
@@ -150,7 +156,3 @@ def _cell(figure: Mapping[str, Any]) -> str:
         return text
     mean, least, most = (100 * change[name] for name in ("mean", "low", "high"))
     return f"{text} ({mean:+.1f} [{least:+.1f}, {most:+.1f}])"
-
-
-if __name__ == "__main__":
-    main()

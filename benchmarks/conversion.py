@@ -1,6 +1,6 @@
 """Memory and speed of the checkpoint conversion, both ways, on a random release of a chosen size.
 
-    python benchmarks/conversion.py --gib 8 --out conversion.json
+    python -m benchmarks conversion --gib 8 --out conversion.json
 
 Makes the release (widths of the real one, fewer layers), copies its files with cp, converts them to Orbax and back,
 each in a process of its own, and checks the peak of anonymous memory against the promise: 1.5 GiB + the largest tensor.
@@ -9,8 +9,6 @@ Needs about 3 times the size on the disk of --workdir; removes everything at the
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -20,14 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.common import GIB, parser_of, report
 from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.converters.tables import model_entries
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig
 
-GIB = 2**30
 PROMISE = 1.5 * GIB
 ASSETS = Path(__file__).resolve().parents[1] / "tests" / "assets" / "bagel_tiny"
 
@@ -96,6 +91,7 @@ def run(gib: float, smoke: bool, workdir: Path) -> dict[str, Any]:
     steps["from-orbax"] = measure([*convert, "from-orbax", str(orbax), str(back)])
     same = all(subprocess.run(["cmp", "-s", file, back / file.name]).returncode == 0 for file in release.iterdir())
     for step in steps.values():
+        step["peak_anonymous_gib"] = step["peak_anonymous"] / GIB
         step["gib_per_second"] = size / GIB / step["seconds"]
         step["throughput_over_cp"] = steps["cp"]["seconds"] / step["seconds"]
     limit = PROMISE + largest
@@ -110,36 +106,19 @@ def run(gib: float, smoke: bool, workdir: Path) -> dict[str, Any]:
     }
 
 
-def show(report: dict[str, Any]) -> None:
-    """Prints the report as a table."""
-    table = Table("step", *("seconds", "GiB/s", "x cp", "peak anonymous GiB", "peak resident GiB"))
-    for name, step in report["steps"].items():
-        memory = (f"{step[key] / GIB:.2f}" for key in ("peak_anonymous", "peak_resident"))
-        speed = (f"{step['seconds']:.1f}", f"{step['gib_per_second']:.2f}", f"{step['throughput_over_cp']:.2f}")
-        table.add_row(name, *speed, *memory)
-    console = Console()
-    console.print(table)
-    kept = "kept" if report["within_limit"] else "BROKEN"
-    same = "identical" if report["identical"] else "DIFFERENT"
-    sizes = f"{report['bytes'] / GIB:.2f} GiB; promised peak {report['limit'] / GIB:.2f} GiB: {kept}"
-    console.print(f"{sizes}; files {same} after both")
-
-
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Runs the benchmark; returns 1 where memory or bits are not as promised."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=8.0, help="size of the release, at least 4")
-    parser.add_argument("--smoke", action="store_true", help="some 50 MiB instead: shows that the benchmark runs")
-    parser.add_argument("--workdir", type=Path, help="where to put the files; the system's temporary folder by default")
-    parser.add_argument("--out", type=Path, help="JSON file for the report")
-    args = parser.parse_args()
+    parser = parser_of("conversion", __doc__)
+    add = parser.add_argument
+    add("--gib", type=float, default=8.0, help="size of the release, at least 4 [8]; with --smoke some 50 MiB")
+    add("--workdir", type=Path, help="where to put the files; the system's temporary folder by default")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="conversion_", dir=args.workdir) as workdir:
-        report = run(args.gib, args.smoke, Path(workdir))
-    show(report)
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if report["within_limit"] and report["identical"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        found = run(args.gib, args.smoke, Path(workdir))
+    rows = [{"step": name, **step} for name, step in found.pop("steps").items()]
+    kept = "kept" if found["within_limit"] else "BROKEN"
+    same = "identical" if found["identical"] else "DIFFERENT"
+    sizes = f"{found['bytes'] / GIB:.2f} GiB; promised peak {found['limit'] / GIB:.2f} GiB: {kept}"
+    columns = ["step", "seconds", "gib_per_second", "throughput_over_cp", "peak_anonymous_gib"]
+    report(args.out, f"{sizes}; files {same} after both", rows, columns, **found)
+    return 0 if found["within_limit"] and found["identical"] else 1

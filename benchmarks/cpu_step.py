@@ -1,6 +1,6 @@
 """A training step and a guided picture on this CPU in float32, beside the PyTorch original doing the same work.
 
-    python benchmarks/cpu_step.py --peer BAGEL_CHECKOUT --peer-python VENV/bin/python --out cpu_step.json
+    python -m benchmarks cpu_step --peer BAGEL_CHECKOUT --peer-python VENV/bin/python --out cpu_step.json
 
 Training: one row of 1,488 tokens: a 256 x 256 picture from a text, an edit (clean, ViT 224 and noisy picture), and a
 question about a picture; latents are given; forward, backward, clipping, AdamW, moving average. Sampling: one picture
@@ -14,7 +14,6 @@ else runs on the machine hits both. It is run as published but for float32 and f
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -30,13 +29,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common import parser_of, report
 from loom_jax import api
 from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig, from_mapping, to_mapping
-from loom_jax.data import Budget, Packable, Tables, TrainBatch, pack, total_need
+from loom_jax.data import Batch, Budget, Packable, Tables, TrainBatch, pack, total_need
 from loom_jax.document import NO_TOKEN, EncodedSegment, ImageTokens, SpecialIds, TextTokens, lay_out, may_attend
 from loom_jax.generate import Query, Reader
 from loom_jax.train import TrainConfig, build_job, draw
@@ -66,17 +64,17 @@ def smaller() -> LoomConfig:
     return dataclasses.replace(CONFIG, decoder=decoder, vit=vit)
 
 
-def documents(config: LoomConfig, special: SpecialIds) -> list[Packable]:
-    """The three documents of the training step."""
+def documents(config: LoomConfig, special: SpecialIds, pixels: int = SIDE) -> list[Packable]:
+    """The three documents of the training step, with pictures of some pixels a side."""
     rng = np.random.default_rng(0)
-    side = SIDE // config.latent_stride
+    side = pixels // config.latent_stride
 
     def text(length: int, loss: bool = False) -> TextTokens:
         return TextTokens(tuple(rng.integers(0, 250, length - 2).tolist()), loss)
 
     def vit() -> ImageTokens:
-        pixels = side * config.vit.patch_size
-        return ImageTokens("vit", (side, side), rng.standard_normal((pixels, pixels, 3)).astype(np.float32))
+        shape = side * config.vit.patch_size, side * config.vit.patch_size, 3
+        return ImageTokens("vit", (side, side), rng.standard_normal(shape).astype(np.float32))
 
     clean, noisy = (ImageTokens(role, (side, side)) for role in ("clean", "noisy"))
     lengths = iter(TEXTS)
@@ -86,6 +84,14 @@ def documents(config: LoomConfig, special: SpecialIds) -> list[Packable]:
         [vit(), text(next(lengths)), text(next(lengths), loss=True)],
     ]
     return [Packable(segments, lay_out(segments, special)) for segments in lists]
+
+
+def with_moments(batch: Batch, latent_dim: int) -> TrainBatch:
+    """Returns a batch whose latents are drawn, so that no autoencoder has to run."""
+    shape = batch.latents.cell.shape
+    moments = np.random.default_rng(1).standard_normal((*shape, 2 * latent_dim)).astype(np.float32)
+    moments[..., latent_dim:] -= 4.0
+    return TrainBatch(batch, (), np.zeros(shape, np.int32), moments)
 
 
 def training_config(config: LoomConfig, folder: Path, budget: Budget) -> TrainConfig:
@@ -118,11 +124,9 @@ class Ours:
         row = documents(config, special)
         need = total_need(row)
         batch = pack([row], need, Tables.of(config))
-        moments = np.random.default_rng(1).standard_normal((1, need.gen, 2 * config.latent_dim)).astype(np.float32)
-        moments[..., config.latent_dim :] -= 4.0
         job = build_job(training_config(config, folder, need))
         self._job, self._state = job, job.new_state()
-        self._batch = jax.device_put(TrainBatch(batch, (), np.zeros((1, need.gen), np.int32), moments))
+        self._batch = jax.device_put(with_moments(batch, config.latent_dim))
         draws = jax.jit(lambda vae, batch: draw(job.parts, vae, batch, jnp.int32(0)))(job.vae_params, self._batch)
         write_documents(exchange / "train.npz", row, jax.tree.map(lambda a: np.asarray(a)[0], draws._asdict()))
         self._sampler = Sampler(generator, exchange / "sample.npz")
@@ -296,14 +300,14 @@ def measure(ours: Ours, peer: Peer | None, repeats: int) -> list[dict[str, Any]]
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of ByteDance-Seed/Bagel")
-    parser.add_argument("--peer-python", default=sys.executable, metavar="FILE", help="an interpreter that has PyTorch")
-    parser.add_argument("--repeats", type=int, default=15, help="alternating repeats [15]")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the figures as JSON")
-    parser.add_argument("--smoke", action="store_true", help="a smaller model, one repeat")
-    args = parser.parse_args()
+def main(argv: list[str]) -> int:
+    """Runs the benchmark."""
+    parser = parser_of("cpu_step", __doc__)
+    add = parser.add_argument
+    add("--peer", type=Path, metavar="FOLDER", help="a checkout of ByteDance-Seed/Bagel")
+    add("--peer-python", default=sys.executable, metavar="FILE", help="an interpreter that has PyTorch")
+    add("--repeats", type=int, default=15, metavar="N", help="alternating repeats [15]")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         exchange = Path(name)
         release, folder = exchange / "release", exchange / "converted"
@@ -319,17 +323,8 @@ def main() -> None:
         rows = measure(ours, peer, 1 if args.smoke else args.repeats)
         if peer is not None:
             peer.close()
-    table = Table(title=f"float32, {os.cpu_count()} threads, {rows[0]['gflops']:.0f} GFLOP/s in matrix products")
     columns = ["work", "gflop", "floor", "ours_seconds", "ours_seconds_median", "ours_cpu_median"]
     columns += ["peer_seconds", "peer_seconds_median", "peer_cpu_median", "ratio", "ratio_median"] if peer else []
-    for column in columns:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    Console(width=160).print(table)
-    if args.out is not None:
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    title = f"float32, {os.cpu_count()} threads, {rows[0]['gflops']:.0f} GFLOP/s in matrix products"
+    report(args.out, title, rows, columns)
+    return 0

@@ -1,6 +1,6 @@
 """Cost of a frame by its turn: with a history of bounded size it stays the same, with all frames as history it grows.
 
-    python benchmarks/interleave.py --out interleave.json
+    python -m benchmarks interleave --out interleave.json
 
 Makes the last frames of sequences of 4, 16 and 64 turns with the policies uniform(2) and all on a small random model,
 each once to compile and then to be measured, and after that one whole sequence, all in one process. Read the ratios:
@@ -10,8 +10,6 @@ weights. A longer sequence has a longer plan, which every frame sees: that is wh
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ from typing import Any
 import jax
 from flax import nnx
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common import MIB, parser_of, report
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig
 from loom_jax.document import LOOM_TOKENS, Encoder, HistoryPolicy, ImageTransform, Tokenizer, time_token
 from loom_jax.generate import Done, Engine, FrameMade, Generator, ImageSettings, InterleavedRequest, interleave
@@ -29,7 +26,6 @@ from loom_jax.models import Autoencoder, LoomModel
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "assets" / "bagel_tiny"
 LONGEST = 64
-MIB = 2**20
 SIDE = 64
 CONFIG = LoomConfig(
     decoder=DecoderConfig(640, 128, 256, 4, 8, 2, 16),
@@ -84,55 +80,40 @@ def measure(generator: Generator, policy: str, turns: int, settings: ImageSettin
     return {"policy": policy, "turns": turns, "seconds": seconds, "device_bytes": runs[-1]["device_bytes"]}
 
 
-def show(runs: list[dict[str, Any]]) -> Table:
-    """Returns the table of all runs, each compared with the shortest sequence of its policy."""
-    table = Table(title="the last frame of a sequence")
-    for column in ("history", "turns", "seconds", "ratio", "arrays on the device", "ratio"):
-        table.add_column(column, justify="left" if column == "history" else "right")
+def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns all runs, each compared with the shortest sequence of its policy."""
+    out = []
     for run in runs:
         first = next(r for r in runs if r["policy"] == run["policy"])
-        table.add_row(
-            run["policy"],
-            str(run["turns"]),
-            f"{run['seconds']:.3f}",
-            f"{run['seconds'] / first['seconds']:.2f}",
-            f"{run['device_bytes'] / MIB:.2f} MiB",
-            f"{run['device_bytes'] / first['device_bytes']:.2f}",
-        )
-    return table
+        ratios = {f"{key}_over_shortest": run[key] / first[key] for key in ("seconds", "device_bytes")}
+        out.append({**run, "device_mib": run["device_bytes"] / MIB, **ratios})
+    return out
 
 
-def main() -> None:
-    """Runs all measurements, prints tables, and writes them as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, nargs="+", default=[4, 16, LONGEST], metavar="N")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), metavar="POLICY", help="[uniform(2) all]")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="points of the schedule [8]")
-    parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="measurements, of which the median counts [3]"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the figures as JSON")
-    parser.add_argument("--smoke", action="store_true", help="few turns and steps, to see that it runs")
-    args = parser.parse_args()
+def main(argv: list[str]) -> int:
+    """Runs all measurements."""
+    parser = parser_of("interleave", __doc__)
+    add = parser.add_argument
+    add("--turns", type=int, nargs="+", default=[4, 16, LONGEST], metavar="N")
+    add("--policies", nargs="+", default=list(POLICIES), metavar="POLICY", help="[uniform(2) all]")
+    add("--steps", type=int, default=8, metavar="N", help="points of the schedule [8]")
+    add("--repeats", type=int, default=3, metavar="N", help="measurements, of which the median counts [3]")
+    args = parser.parse_args(argv)
     turns, steps, repeats = ([4, 7], 3, 1) if args.smoke else (sorted(args.turns), args.steps, args.repeats)
     if turns[0] < 3 or turns[-1] > LONGEST:
         parser.error(f"--turns must lie between 3 and {LONGEST}")
     settings = ImageSettings(num_timesteps=steps, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
-    generator, console = build(), Console(width=120)
-    runs = [measure(generator, policy, count, settings, repeats) for policy in args.policies for count in turns]
-    console.print(show(runs))
+    generator = build()
+    rows = compared([measure(generator, p, count, settings, repeats) for p in args.policies for count in turns])
     whole = make(generator, args.policies[0], turns[-1], 0, settings)
+    columns = ["policy", "turns", "seconds", "seconds_over_shortest", "device_mib", "device_bytes_over_shortest"]
+    facts = {"whole_sequence": whole, "compilations": generator.engine.compilations()}
+    report(args.out, "the last frame of a sequence", rows, columns, **facts)
     held = [turn["device_bytes"] / MIB for turn in whole[2:]]
     resident = [turn["process_bytes"] / MIB for turn in whole[2:]]
     seconds = [turn["seconds"] for turn in whole[2:]]
-    console.print(
+    print(
         f"{turns[-1]} turns, {args.policies[0]}: from turn 3 on {min(held):.2f} to {max(held):.2f} MiB on the device, "
         f"process {resident[0]:.0f} to {max(resident):.0f} MiB, {min(seconds):.3f} to {max(seconds):.3f} s a frame"
     )
-    if args.out:
-        figures = {"last_frames": runs, "whole_sequence": whole, "compilations": generator.engine.compilations()}
-        args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

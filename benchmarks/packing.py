@@ -1,20 +1,22 @@
 """How full packed rows are: of a realistic mix of lengths at the sizes of the 7B model, and of the tiny data.
 
-Run: python benchmarks/packing.py [--batches 40]
+    python -m benchmarks packing --batches 40
+
 The realistic mix has no pixels, only sizes: tutorials of 4 to 6 frames, edits, text to image and conversations, with
 pictures of 512 to 1024 pixels; budgets are in the proportion of the mean need, as `loom data inspect` prints it.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.common import parser_of, report
 from loom_jax.commands.train import read_config, read_recipe
 from loom_jax.data import (
     Address,
@@ -99,8 +101,8 @@ def stream(seed: int) -> Iterator[Element]:
         yield Element(Address(position, 0, 0, position), Packable(segments, lay_out(segments, SPECIAL)))
 
 
-def measure(budget: Budget, num_rows: int, look_ahead: float, batches: int) -> str:
-    """Packs the realistic mix and returns one line about it."""
+def measure(budget: Budget, num_rows: int, look_ahead: float, batches: int) -> dict[str, Any]:
+    """Packs the realistic mix and returns a row about it."""
     counts = RowCounts(max_bad_share=0.5, min_rows=1000)
     canvases = tuple(CanvasConfig(*canvas) for canvas in CANVASES)
     packer = Packer(stream(7), Room(budget, Tables(64, 70, PATCH), canvases), num_rows, look_ahead, counts)
@@ -111,48 +113,55 @@ def measure(budget: Budget, num_rows: int, look_ahead: float, batches: int) -> s
     took = time.perf_counter() - start
     und, gen, vit = np.mean(fills, axis=(0, 1))
     worst = np.min(np.mean(fills, axis=1), axis=0)
-    return (
-        f"U {budget.und:6} G {budget.gen:6} V {budget.vit:6} rows {num_rows:2} look-ahead {look_ahead:3g}: "
-        f"und {und:.1%}  gen {gen:.1%}  vit pool {vit:.1%}  "
-        f"worst batch und {worst[0]:.1%} gen {worst[1]:.1%}  bad rows {counts.num_bad}/{counts.rows}  "
-        f"{took / batches * 1e3:.0f} ms a batch"
-    )
+    return {
+        "data": "realistic",
+        "budget": f"{budget.und}, {budget.gen}, {budget.vit}",
+        "rows": num_rows,
+        "look_ahead": look_ahead,
+        "und": und,
+        "gen": gen,
+        "vit": vit,
+        "worst_und": worst[0],
+        "worst_gen": worst[1],
+        "bad_rows": counts.num_bad,
+        "ms_a_batch": took / batches * 1e3,
+    }
 
 
-def tiny(batches: int) -> str:
-    """Packs the data of configs/tiny.py, pixels and all, and returns one line about it."""
+def tiny(batches: int) -> dict[str, Any]:
+    """Packs the data of configs/tiny.py, pixels and all, with one process, and returns a row about it."""
     config = read_config(read_recipe(RECIPE), [])
     encoder = make_encoder(config.model, Tokenizer.of_bytes().with_tokens(LOOM_TOKENS))
     pipeline, stats = make_pipeline(config.data, encoder, Tables.of(config.model)), []
     next(pipeline)
-    before, start = pipeline.stats["rows"], time.perf_counter()
+    start = time.perf_counter()
     for _ in range(batches):
         next(pipeline)
         stats.append([pipeline.stats[f"fill/{name}"] for name in ("und", "gen", "vit")])
     took = time.perf_counter() - start
-    rows, bad = pipeline.stats["rows"], pipeline.stats["bad_rows"]
-    rate = (rows - before) / took
+    bad = int(pipeline.stats["bad_rows"])
     pipeline.close()
     und, gen, vit = np.mean(stats, axis=0)
-    return (
-        f"tiny data: und {und:.1%}  gen {gen:.1%}  vit pool {vit:.1%}  bad rows {bad:.0f}/{rows:.0f}  "
-        f"{rate:.0f} rows/s with one process"
-    )
+    worst = np.min(stats, axis=0)
+    fills = {"und": und, "gen": gen, "vit": vit, "worst_und": worst[0], "worst_gen": worst[1]}
+    return {"data": "tiny", "rows": config.data.rows, **fills, "bad_rows": bad, "ms_a_batch": took / batches * 1e3}
 
 
-def main() -> None:
-    """Prints the fill for several budgets."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=40)
-    batches = parser.parse_args().batches
-    needs = np.asarray([(n.und, n.gen, n.vit) for e in itertools.islice(stream(1), 2000) for n in [e.document.need]])
-    print("mean need of a document (und, gen, vit):", needs.mean(0).round(), " largest:", needs.max(0))
+def main(argv: list[str]) -> int:
+    """Runs the benchmark."""
+    parser = parser_of("packing", __doc__)
+    parser.add_argument("--batches", type=int, default=40, metavar="N", help="of each kind [40]")
+    args = parser.parse_args(argv)
+    batches = 2 if args.smoke else args.batches
+    documents = 200 if args.smoke else 2000
+    drawn = (element.document.need for element in itertools.islice(stream(1), documents))
+    needs = np.asarray([(need.und, need.gen, need.vit) for need in drawn])
     ratio = needs.mean(0) / needs.mean(0)[1]
-    for gen, num_rows, look_ahead in ((32768, 1, 2), (32768, 1, 4), (32768, 8, 4), (49152, 4, 2), (65536, 2, 2)):
+    kinds = ((32768, 1, 2), (32768, 1, 4), (32768, 8, 4), (49152, 4, 2), (65536, 2, 2))
+    rows = []
+    for gen, num_rows, look_ahead in kinds[:1] if args.smoke else kinds:
         und, vit = (int(-(-gen * ratio[i] // 256) * 256) for i in (0, 2))
-        print(measure(Budget(und, gen, int(vit * 1.15)), num_rows, look_ahead, batches))
-    print(tiny(batches))
-
-
-if __name__ == "__main__":
-    main()
+        rows.append(measure(Budget(und, gen, int(vit * 1.15)), num_rows, look_ahead, batches))
+    title = f"fill of packed rows, documents need (und, gen, vit) {needs.mean(0).round().astype(int).tolist()}"
+    report(args.out, title, [*rows, tiny(batches)], columns=list(rows[0]))
+    return 0

@@ -1,6 +1,6 @@
 """How far bfloat16, int8 weights and TaylorSeer lead a denoised picture away from float32.
 
-    python benchmarks/precision.py --checkpoint world_model --prompt "a red circle" --out precision.json
+    python -m benchmarks precision --checkpoint world_model --prompt "a red circle" --out precision.json
 
 Denoises one picture for each prompt in float32 and in each variant, from the same noise, and prints how far its latents
 are from those of float32, over all pictures: root mean square and largest difference, both over the rms of the float32
@@ -11,9 +11,7 @@ figures say nothing of a trained one.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common import parser_of, report
 from loom_jax import api
 from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig
@@ -89,28 +86,19 @@ def errors(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     return {"rms": float(np.sqrt(np.mean(difference**2)) / rms), "largest": float(np.abs(difference).max() / rms)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted folder")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
-    parser.add_argument("--side", type=int, help="of the pictures, in pixels [the largest that the model draws]")
-    parser.add_argument("--steps", type=int, default=50, help="points of the schedule [50]")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the figures as JSON")
-    parser.add_argument("--smoke", action="store_true", help="few steps, to see that it runs")
-    args = parser.parse_args()
+def main(argv: list[str]) -> int:
+    """Runs the benchmark."""
+    parser = parser_of("precision", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="DIR", help="a converted folder")
+    add("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
+    add("--side", type=int, help="of the pictures, in pixels [the largest that the model draws]")
+    add("--steps", type=int, default=50, help="points of the schedule [50]")
+    args = parser.parse_args(argv)
     jax.config.update("jax_default_matmul_precision", "highest")
     settings = api.ImageSettings(num_timesteps=8 if args.smoke else args.steps)
     with converted(args.checkpoint) as path:
         rows = measure(path, args.prompt or ["a small boat", "two houses by a lake"], settings, args.side)
-    table = Table(title=f"against float32, {settings.num_timesteps} points, {jax.devices()[0].device_kind}")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{v:.2e}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
-    if args.out is not None:
-        args.out.write_text(json.dumps({"settings": dataclasses.asdict(settings), "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    title = f"against float32, {settings.num_timesteps} points, {jax.devices()[0].device_kind}"
+    report(args.out, title, rows, settings=dataclasses.asdict(settings))
+    return 0

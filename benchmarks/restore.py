@@ -1,6 +1,6 @@
 """Peak memory of restoring a sharded checkpoint: two processes, four simulated devices each.
 
-    python benchmarks/restore.py --gib 8 --out restore.json
+    python -m benchmarks restore --gib 8 --out restore.json
 
 One process writes a checkpoint of a run with widths of the 7 B model; two then restore its parameters onto a mesh of 8
 devices, each its own shards. On a simulated device an array lies in the memory of its process, so a process must hold
@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.common import GIB, parser_of, report
 
-GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
+OWN = [sys.executable, "-m", "benchmarks", "restore"]
 PROCESSES, DEVICES = 2, 4
 WIDTH, MLP, VOCABULARY = 3584, 18_944, 152_064
 ALLOWANCE = GIB // 16
@@ -107,7 +107,7 @@ def _memory(name: str) -> int:
 def run(gib: float, smoke: bool, preset: str, workdir: Path) -> dict[str, Any]:
     """Writes, restores in two processes, and returns the report."""
     shapes = shapes_of(gib, smoke)
-    subprocess.run([sys.executable, __file__, "--write", str(workdir), *_sizes(gib, smoke)], check=True)
+    subprocess.run([*OWN, "--write", str(workdir), *_sizes(gib, smoke)], check=True, cwd=ROOT)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -118,8 +118,8 @@ def run(gib: float, smoke: bool, preset: str, workdir: Path) -> dict[str, Any]:
     }
     started = []
     for number in range(PROCESSES):
-        command = [sys.executable, __file__, "--restore", str(number), address, str(workdir), preset]
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+        command = [*OWN, "--restore", str(number), address, str(workdir), preset]
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
         started.append(subprocess.Popen([*command, *_sizes(gib, smoke)], **options))
     outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
@@ -143,31 +143,16 @@ def _sizes(gib: float, smoke: bool) -> list[str]:
     return ["--gib", str(gib), *(["--smoke"] if smoke else [])]
 
 
-def show(report: dict[str, Any]) -> None:
-    """Prints the report as a table."""
-    table = Table("process", "own shards GiB", "libraries before GiB", "peak GiB", "over both GiB", "seconds")
-    for number, process in enumerate(report["processes"]):
-        figures = (process[key] / GIB for key in ("shards", "before", "peak", "over"))
-        table.add_row(str(number), *(f"{figure:.2f}" for figure in figures), f"{process['seconds']:.1f}")
-    console = Console()
-    console.print(table)
-    kept = "kept" if report["within"] else "BROKEN"
-    model = f"model {report['bytes'] / GIB:.2f} GiB on {PROCESSES} x {DEVICES} devices, preset {report['preset']}"
-    over = f"one tensor ({report['largest_tensor'] / GIB:.2f} GiB) and {report['allowance'] / GIB:.2f} GiB"
-    console.print(f"{model}; promise: at most {over} over: {kept}")
-
-
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Runs the benchmark; returns 1 where memory is not as promised."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=8.0, help="size of the model, at least 4")
-    parser.add_argument("--smoke", action="store_true", help="some 16 MiB instead: shows that the benchmark runs")
-    parser.add_argument("--preset", default="fsdp", help="sharding preset")
-    parser.add_argument("--workdir", type=Path, help="where to put the files; the system's temporary folder by default")
-    parser.add_argument("--out", type=Path, help="JSON file for the report")
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--restore", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser = parser_of("restore", __doc__)
+    add = parser.add_argument
+    add("--gib", type=float, default=8.0, help="size of the model, at least 4 [8]; with --smoke some 16 MiB")
+    add("--preset", default="fsdp", help="sharding preset")
+    add("--workdir", type=Path, help="where to put the files; the system's temporary folder by default")
+    add("--write", type=Path, help=argparse.SUPPRESS)
+    add("--restore", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
     shapes = shapes_of(args.gib, args.smoke)
     if args.write:
         write(args.write, shapes)
@@ -177,12 +162,19 @@ def main() -> int:
         print(json.dumps(restore(int(number), address, Path(folder), preset, shapes)))
         return 0
     with tempfile.TemporaryDirectory(prefix="restore_", dir=args.workdir) as workdir:
-        report = run(args.gib, args.smoke, args.preset, Path(workdir))
-    show(report)
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if report["within"] else 1
+        found = run(args.gib, args.smoke, args.preset, Path(workdir))
+    _show(found, args.out)
+    return 0 if found["within"] else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _show(found: dict[str, Any], out: Path | None) -> None:
+    names = {"shards": "own_shards", "before": "libraries_before", "peak": "peak", "over": "over_both"}
+    rows = [
+        {"process": n, **process, **{f"{title}_gib": process[key] / GIB for key, title in names.items()}}
+        for n, process in enumerate(found.pop("processes"))
+    ]
+    kept = "kept" if found["within"] else "BROKEN"
+    model = f"model {found['bytes'] / GIB:.2f} GiB on {PROCESSES} x {DEVICES} devices, preset {found['preset']}"
+    over = f"one tensor ({found['largest_tensor'] / GIB:.2f} GiB) and {found['allowance'] / GIB:.2f} GiB"
+    columns = ["process", *(f"{title}_gib" for title in names.values()), "seconds"]
+    report(out, f"{model}; promise: at most {over} over: {kept}", rows, columns, **found)

@@ -1,14 +1,14 @@
 """Training on this machine: does the input pipeline keep up, and what do two streams save?
 
-Run: python benchmarks/training.py [--smoke]
-Prints, from one run: batches a second of the input pipeline alone against those that the step can take; and the time of
+    python -m benchmarks training
+
+From one run: batches a second of the input pipeline alone against those that the step can take; and the time of
 a step against that of the same step with a dense mask and both experts computed on every token, after a check that the
 two agree. The autoencoder, the ViT and the logits are the same in both; the first is timed too.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import best_and_median, parser_of, report
 from loom_jax.commands.train import read_config, read_recipe
 from loom_jax.document import PADDING
 from loom_jax.models import mot
@@ -82,18 +83,6 @@ def configure(smoke: bool) -> TrainConfig:
     return read_config(recipe, [*overrides, "data.mixture.0.weight=16.0", "remat=none"])
 
 
-def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median time of each call; they take turns, so that a busy machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn:  # the first one compiles
-                times[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
 def keep_stepping(job: Job, batch: Any) -> tuple[Callable[[], Any], list[float]]:
     """A call that takes one step with the same batch, and the losses so far."""
     state, losses = job.new_state(), []
@@ -120,34 +109,31 @@ def pipeline_rate(job: Job, batches: int) -> tuple[float, Any]:
     return rate, batch
 
 
-def main() -> None:
-    """Prints both comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="short rows, one repetition")
-    smoke = parser.parse_args().smoke
-    config = configure(smoke)
+def main(argv: list[str]) -> int:
+    """Runs both comparisons."""
+    args = parser_of("training", __doc__).parse_args(argv)
+    config = configure(args.smoke)
     job = build_job(config)
-    rate, batch = pipeline_rate(job, 4 if smoke else 20)
+    rate, batch = pipeline_rate(job, 4 if args.smoke else 20)
     with layers_of(BothExperts):
         plain = build_job(config)
         plain_step, plain_losses = keep_stepping(plain, batch)
         step, losses = keep_stepping(job, batch)
         drawing = jax.jit(lambda vae, batch: draw(job.parts, vae, batch, jnp.int32(0)))
         calls = {"plain": plain_step, "step": step, "draw": lambda: drawing(job.vae_params, batch)}
-        took = seconds(calls, 1 if smoke else 5)
+        took = {name: median for name, (_, median) in best_and_median(calls, 1 if args.smoke else 5).items()}
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-3)
     layouts = batch.batch.streams.und.document, batch.batch.streams.gen.document
     und, gen = (int((np.asarray(d) != PADDING).sum()) for d in layouts)
-    need = 1 / took["step"]
-    print(f"device {jax.devices()[0].device_kind}, a batch has {und} und and {gen} gen tokens")
-    print(f"input pipeline alone {rate:.2f} batches/s, the step takes {need:.2f}: ratio {rate / need:.1f}")
-    print(
-        f"step {took['step']:.2f} s, with a dense mask and both experts on every token {took['plain']:.2f} s: ratio "
-        f"{took['plain'] / took['step']:.2f}"
-    )
-    rest = {name: took[name] - took["draw"] for name in ("plain", "step")}
-    print(f"  without the autoencoder's {took['draw']:.2f} s: ratio {rest['plain'] / rest['step']:.2f}")
-
-
-if __name__ == "__main__":
-    main()
+    rows = [
+        {"what": "step", "seconds": took["step"], "over_step": 1.0},
+        {"what": "dense mask, both experts on every token", "seconds": took["plain"]},
+        {"what": "both without the autoencoder", "seconds": took["step"] - took["draw"]},
+        {"what": "input pipeline alone, one batch", "seconds": 1 / rate},
+    ]
+    rows[1]["over_step"] = took["plain"] / took["step"]
+    rows[2]["over_step"] = (took["plain"] - took["draw"]) / (took["step"] - took["draw"])
+    rows[3]["over_step"] = 1 / rate / took["step"]
+    title = f"a batch has {und} und and {gen} gen tokens, {jax.devices()[0].device_kind}"
+    report(args.out, title, rows, columns=["what", "seconds", "over_step"])
+    return 0

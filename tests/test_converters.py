@@ -34,6 +34,7 @@ from loom_jax.core import (
 from loom_jax.models import Autoencoder, LoomModel
 from loom_jax.parallel import flatten_params
 from tests.reference import CKPT, manifest
+from tests.sources import ROOT
 
 BAGEL_7B = LoomConfig(
     decoder=DecoderConfig(152064, 3584, 18944, 28, 28, 4, 128),
@@ -481,18 +482,20 @@ def test_the_command(tmp_path: Path, capsys) -> None:
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "conversion.py"
     command = [
         sys.executable,
-        str(script),
+        "-m",
+        "benchmarks",
+        "conversion",
         "--smoke",
         "--workdir",
         str(tmp_path),
         "--out",
         str(tmp_path / "report.json"),
     ]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["within_limit"] and report["identical"]
-    assert all(report["steps"][name]["peak_anonymous"] > 0 for name in ("to-orbax", "from-orbax"))
+    assert [row["step"] for row in report["rows"]] == ["cp", "to-orbax", "from-orbax"]
+    assert all(row["peak_anonymous"] > 0 for row in report["rows"][1:])
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

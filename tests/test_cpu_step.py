@@ -56,10 +56,11 @@ def test_few_queries_on_a_cpu_are_dense_and_long_rows_go_by_documents(monkeypatc
 
 
 def test_benchmark_prints_and_writes_times_and_floors(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "cpu_step.py"), "--smoke", "--out", str(tmp_path / "o.json")]
-    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks", "cpu_step", "--smoke", "--out", str(tmp_path / "o.json")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "o.json").read_text())
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert [row["work"] for row in rows] == ["train", "sample"]
     assert all(row["ours_seconds"] > 0 and row["floor"] > 0 for row in rows)
     assert "floor" in done.stdout

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from loom_jax.models import add_lora, quantize_decoder
 from loom_jax.nn import Projection, quantize_int8
 from tests import tiny
 from tests.reference import CKPT
+from tests.sources import ROOT
 
 
 def projections(model):
@@ -166,9 +166,8 @@ def test_the_command_loads_int8_and_predicts_steps(folder, tmp_path, task):
 
 @pytest.mark.slow
 def test_the_benchmark_holds_every_variant_against_float32(tmp_path):
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "precision.py"
-    command = [sys.executable, str(script), "--smoke", "--out", str(tmp_path / "p.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "benchmarks", "precision", "--smoke", "--out", str(tmp_path / "p.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     exact, *others = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert exact["latents_rms"] == 0 and len(others) == 4

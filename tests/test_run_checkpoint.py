@@ -389,8 +389,8 @@ def run_python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]"
 
 @pytest.mark.slow
 def test_restoring_holds_no_more_than_own_shards_and_one_tensor(tmp_path):
-    benchmark = [sys.executable, str(ROOT / "benchmarks" / "restore.py"), "--smoke", "--out", str(tmp_path / "r.json")]
-    done = subprocess.run(benchmark, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "benchmarks", "restore", "--smoke", "--out", str(tmp_path / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["within"] and [process["shards"] for process in report["processes"]] == [report["bytes"] / 2] * 2
+    assert report["within"] and [process["shards"] for process in report["rows"]] == [report["bytes"] / 2] * 2
