@@ -53,6 +53,8 @@ CONFIG = LoomConfig(
 SIDE, TEXTS = 256, (40, 48, 30, 80)
 """Side of the pictures in pixels; tokens of the four texts, marks included."""
 SETTINGS = api.ImageSettings(num_timesteps=8, cfg_interval=(0.0, 1.0), cfg_img_scale=1.0)
+PAUSE = 0.5
+"""Seconds before each measurement: threads that have just finished still spin, and take a core from the other."""
 AGREE = 2e-4
 """How far losses and latents of the original may be from ours, over the rms of ours."""
 
@@ -282,8 +284,10 @@ def measure(ours: Ours, peer: Peer | None, repeats: int) -> list[dict[str, Any]]
         compiling, first = timed(run)
         agreement = None if peer is None else check_agreement(name, first, peer.ask(name)["result"])
         for _ in range(repeats):
+            time.sleep(PAUSE)
             times["ours"].append(timed(run)[0])
             if peer is not None:
+                time.sleep(PAUSE)
                 times["peer"].append(peer.ask(name))
         rate = max(rate, matrix_rate(1.0))
         row: dict[str, Any] = {"work": name, "first_call": compiling["seconds"], "difference": agreement}
