@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -46,8 +45,8 @@ from loom_jax.generate import (
     observe,
 )
 from loom_jax.models import QUANTIZATIONS, Backend, Capture, load_folder, quantize_decoder
-from loom_jax.nn import ATTENTION_BACKENDS
-from loom_jax.parallel import make_constrain, make_mesh
+from loom_jax.nn import choose_attention
+from loom_jax.parallel import make_constrain, make_mesh, shard_attend
 
 __all__ = [
     "LOOM_SETTINGS",
@@ -103,17 +102,16 @@ def load(
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantize={quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
-    if attention not in ATTENTION_BACKENDS:
-        raise ConfigError(f"attention={attention!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     mesh = mesh or make_mesh(preset)
+    platform = mesh.devices.flat[0].platform
+    attend = shard_attend(choose_attention(attention, platform), mesh)
+    if dtype is None:
+        dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     loaded = load_folder(folder, mesh=mesh, preset=preset, dtype=dtype, param_dtype=dtype)
     if quantize is not None:
         quantize_decoder(loaded.model, quantize)
     tokenizer = add_tokens(loaded.tokenizer, tokens, loaded.config)
-    backend = Backend(ATTENTION_BACKENDS[attention], make_constrain(mesh))
-    engine = Engine(loaded.model, loaded.vae, tokenizer.special, len(tokenizer), backend)
+    engine = Engine(loaded.model, loaded.vae, tokenizer.special, len(tokenizer), Backend(attend, make_constrain(mesh)))
     return Generator(loaded.config, engine, make_encoder(loaded.config, tokenizer))
 
 

@@ -54,7 +54,7 @@ def _parser() -> ArgumentParser:
     add("--samples", type=int, default=4, metavar="N", help="requests shown of each task and split [4]")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest plan [128]")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
-    add("--attention", default="auto", help="attention backend: auto, dense or blockwise [auto]")
+    add("--attention", default="auto", help="attention backend: auto, dense, blockwise, document, tpu [auto]")
     judge = parser.add_argument_group("suite judge").add_argument
     judge("--work", type=Path, metavar="DIR", help="folder that `loom generate` made for an interleaved task")
     judge("--judge", choices=("world", "chat"), default="world", help="who judges [world]")

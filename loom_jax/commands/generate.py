@@ -60,7 +60,7 @@ def _parser() -> ArgumentParser:
     add("--top-p", type=float, default=1.0, help="draw text from the likeliest tokens that add up to this [1]")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
     add("--quantize", choices=("int8",), help="keep the decoder's weights as int8: half the memory of bfloat16")
-    add("--attention", default="auto", help="attention backend: auto, dense or blockwise [auto]")
+    add("--attention", default="auto", help="attention backend: auto, dense, blockwise, document, tpu [auto]")
     add("--sharding", default="single", metavar="PRESET", help="how weights lie on the devices [single]")
     _add_interleaved(parser)
     return parser
