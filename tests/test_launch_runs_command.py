@@ -11,6 +11,7 @@ import pytest
 
 from loom_jax import cli
 from loom_jax.commands import runs, sweep
+from loom_jax.commands.runs_plot import read_series
 from loom_jax.core import HEARTBEATS, HeartbeatFile, InputError, LoomError
 
 
@@ -58,6 +59,29 @@ def test_a_folder_without_runs_and_a_spoilt_one(tmp_path, capsys):
     (tmp_path / "spoilt" / "run.json").write_text("{")
     assert cli.main(["runs", str(tmp_path)]) == 0
     assert "cannot be read" in capsys.readouterr().out
+
+
+def test_the_losses_of_runs_are_drawn(tmp_path, capsys):
+    with_parts = make_run(tmp_path / "a", 3)
+    lines = [{"step": step, "loss": 3 / step, "ce": 1 / step, "mse": 2 / step} for step in range(1, 121)]
+    (with_parts / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held_out = {"step": 50, "event": "held_out", "held_out/ce": 0.5, "held_out/mse": 0.7}
+    (with_parts / "events.ndjson").write_text(json.dumps(held_out) + "\n")
+    make_run(tmp_path / "b", 5)
+    series = read_series(with_parts)
+    assert set(series) == {"ce", "mse", "held_out/ce", "held_out/mse"}
+    assert series["mse"][0][-1] == 120 and series["held_out/mse"][1].tolist() == [0.7]
+    assert cli.main(["runs", str(tmp_path), "--plot", str(tmp_path / "new" / "curves.svg")]) == 0
+    drawn = (tmp_path / "new" / "curves.svg").read_text()
+    assert drawn.count('<g id="axes_') == 3  # text, pictures, and a run that logs neither
+    assert capsys.readouterr().out.endswith("curves.svg\n")
+
+
+@pytest.mark.parametrize(("file", "message"), [("curves.txt", "must end in"), ("run.json/curves.png", "cannot be")])
+def test_a_picture_that_cannot_be_drawn_is_refused(file, message, tmp_path, capsys):
+    run = make_run(tmp_path / "a", 3)
+    assert cli.main(["runs", str(run), "--plot", str(run / file)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_two_runs_are_compared_by_key(tmp_path, capsys):

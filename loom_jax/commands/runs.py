@@ -17,6 +17,7 @@ SILENT_SECONDS = 300.0
 EPILOG = """examples:
   loom runs runs
   loom runs runs --json
+  loom runs runs --plot curves.png
   loom runs diff runs/first runs/second"""
 
 
@@ -54,10 +55,12 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(prog=NAME, description="List the runs in a folder; `loom runs diff A B`.", epilog=EPILOG)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a run, or a folder with runs at any depth")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw their losses into a .png, .svg or .pdf as well")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         raise InputError(f"{args.folder} is no folder: give one with runs in it")
-    runs = [read_state(path, args.folder) for path in find_runs(args.folder)]
+    found = list(find_runs(args.folder))
+    runs = [read_state(path, args.folder) for path in found]
     if args.json:
         for run in runs:
             print(json.dumps(dataclasses.asdict(run)))
@@ -65,6 +68,12 @@ def main(argv: list[str]) -> int:
         print(f"no runs in {args.folder}")
     else:
         print_table([row(run) for run in runs])
+    if args.plot:
+        from loom_jax.commands.runs_plot import plot_runs
+
+        plot_runs({run.name: path for run, path in zip(runs, found, strict=True)}, args.plot)
+        if not args.json:
+            print(args.plot)
     return 0
 
 
