@@ -25,7 +25,7 @@ from loom_jax.document import (
     lay_out,
     may_attend,
 )
-from loom_jax.nn import ATTENTION_BACKENDS, choose_attention
+from loom_jax.nn import ATTENTION_BACKENDS, Attend, tpu_attention
 
 SPECIAL = SpecialIds(0, 1, 2, 3)
 DENSE_MOST = 8192
@@ -47,9 +47,17 @@ def row_of(length: int) -> TokenLayout:
     return TokenLayout(*(a[shuffled][None] for a in filled._replace(document=document)))
 
 
-def backends(platform: str) -> list[str]:
-    """Returns the backends that this platform runs as they are meant to be run."""
-    return [name for name in ATTENTION_BACKENDS if name != "auto" and (name != "tpu" or platform == "tpu")]
+def cudnn_attention(q: Any, k: Any, v: Any, q_layout: TokenLayout, k_layout: TokenLayout) -> jax.Array:
+    """cuDNN's fused attention with a mask of all pairs, for GPUs: a candidate that no backend is made of yet."""
+    mask = may_attend(q_layout, k_layout)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def candidates(platform: str) -> dict[str, Attend]:
+    """Returns the backends that a platform runs as they are meant to be run, and what might become one."""
+    found = {name: attend for name, attend in ATTENTION_BACKENDS.items() if name not in ("auto", "tpu")}
+    extra: dict[str, dict[str, Attend]] = {"tpu": {"tpu": tpu_attention}, "gpu": {"cudnn": cudnn_attention}}
+    return found | extra.get(platform, {})
 
 
 def measure(length: int, heads: tuple[int, int, int], repeats: int) -> list[dict[str, Any]]:
@@ -59,10 +67,11 @@ def measure(length: int, heads: tuple[int, int, int], repeats: int) -> list[dict
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     shapes = [(1, length, count, width) for count in (num_heads, num_kv_heads, num_kv_heads)]
     q, k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
-    names = [n for n in backends(jax.default_backend()) if n != "dense" or length <= DENSE_MOST]
+    chosen = candidates(jax.default_backend())
+    names = [name for name in chosen if name != "dense" or length <= DENSE_MOST]
     calls = {}
     for name in names:
-        attend = choose_attention(name, jax.default_backend())
+        attend = chosen[name]
         forward = jax.jit(lambda q, k, v, attend=attend: attend(q, k, v, layout, layout))
         loss = lambda q, k, v, run=forward: (run(q, k, v).astype(jnp.float32) ** 2).sum()  # noqa: E731
         backward = jax.jit(jax.grad(loss, (0, 1, 2)))
