@@ -40,12 +40,13 @@ def evaluate(*arguments):
 
 def test_a_converted_folder_is_scored(checkpoint, tmp_path, capsys):
     chosen = ["--task", "tutorial", "--task", "style", "--split", "test", "--count", 1, "--plan", "given", "--steps", 3]
-    assert evaluate("--checkpoint", checkpoint, *chosen, "--history", "last(1)", "--out", tmp_path / "out") == 0
+    chosen += ["--history", "last(1)", "--quantize", "int8"]
+    assert evaluate("--checkpoint", checkpoint, *chosen, "--out", tmp_path / "out") == 0
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     scores = {(s["task"], s["metric"]): s["mean"] for s in record["scores"] if s["turn"] is None}
     assert scores["tutorial", "plan"] == 1 and scores["style", "step"] == 0
     assert record["seconds_per_frame"] > 0 and record["suite"]["history"] == "last(1)"
-    assert record["image_settings"]["num_timesteps"] == 3
+    assert record["image_settings"]["num_timesteps"] == 3 and record["quantize"] == "int8"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Evaluation on the tutorial world" in page and "plan_step" in capsys.readouterr().out
 

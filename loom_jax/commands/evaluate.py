@@ -54,6 +54,8 @@ def _parser() -> ArgumentParser:
     add("--samples", type=int, default=4, metavar="N", help="requests shown of each task and split [4]")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest plan [128]")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
+    add("--quantize", choices=("int8",), help="keep the decoder's weights as int8")
+    add("--taylorseer", action="store_true", help="predict most denoising steps from earlier ones")
     add("--attention", default="auto", help="attention backend: auto, dense, blockwise, document, tpu [auto]")
     judge = parser.add_argument_group("suite judge").add_argument
     judge("--work", type=Path, metavar="DIR", help="folder that `loom generate` made for an interleaved task")
@@ -91,9 +93,10 @@ def _run_world(args: argparse.Namespace) -> int:
 
     changes = {"num_timesteps": args.steps, "cfg_text_scale": args.cfg_text_scale, "cfg_img_scale": args.cfg_img_scale}
     given = {name: value for name, value in changes.items() if value is not None}
-    settings = dataclasses.replace(api.LOOM_SETTINGS, **given)
+    settings = dataclasses.replace(api.LOOM_SETTINGS, taylorseer=args.taylorseer, **given)
     text = api.TextSettings(max_new_tokens=args.max_new_tokens)
-    generator = api.load(args.checkpoint, dtype=args.dtype, attention=args.attention)
+    kinds = {"dtype": args.dtype, "attention": args.attention, "quantize": args.quantize}
+    generator = api.load(args.checkpoint, **kinds)
     _check_tokenizer(generator.encoder.tokenizer, args.checkpoint)
     started = time.perf_counter()
     outcomes = run_suite(suite, lambda requests: api.interleave(generator, requests, settings, text), args.batch, _tell)
@@ -102,6 +105,7 @@ def _run_world(args: argparse.Namespace) -> int:
     frames = sum(len(outcome.frames) for outcome in outcomes)
     run = {
         "checkpoint": str(args.checkpoint),
+        **kinds,
         "image_settings": dataclasses.asdict(settings),
         "seconds": seconds,
         "seconds_per_frame": seconds / frames if frames else None,
