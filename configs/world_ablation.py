@@ -1,6 +1,6 @@
 """What each of Loom's ideas is worth on the tutorial world: one small model, trained without one of them at a time.
 
-Command: python benchmarks/ablation.py --vae runs/world_autoencoder --runs runs/ablation --out out/ablation
+Command: python -m benchmarks ablation --vae runs/world_autoencoder --runs runs/ablation --out out/ablation
   which trains every variant with two seeds, and scores all of them on the same held-out requests. One alone:
   loom train --config configs/world_ablation.py:no_planning --workdir DIR --config.vae_from=runs/world_autoencoder
 Data: tutorials and compositions of the tutorial world, drawn as they are needed.

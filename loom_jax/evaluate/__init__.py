@@ -4,9 +4,10 @@ from loom_jax.evaluate.intervals import Interval, estimate, paired_difference, w
 from loom_jax.evaluate.judge import ChatJudge, Judge, Sequenced, Verdict, WorldJudge, read_sequences, read_verdict
 from loom_jax.evaluate.metrics import METRICS, Measurement, Outcome, Score, f1, measure, shows, summarise, values_of
 from loom_jax.evaluate.report import MEASUREMENTS, PAGE, SCORES, sample_sheet, write_report
-from loom_jax.evaluate.suite import Make, WorldSuite, collect, condition_pictures, run_suite
+from loom_jax.evaluate.suite import GENERATED_AS, Make, WorldSuite, collect, condition_pictures, run_suite
 
 __all__ = [
+    "GENERATED_AS",
     "MEASUREMENTS",
     "METRICS",
     "PAGE",
