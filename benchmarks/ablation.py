@@ -79,7 +79,7 @@ def _score(variant: str, folder: Path, args: argparse.Namespace) -> Scores:
     """Returns the measurements of a finished run and the seconds that a frame took."""
     saved = folder / f"scores_{args.count}.json"
     if not saved.exists():
-        model = folder / "model"
+        model = folder.with_name(f"{folder.name},model")
         if not model.exists():
             command = [sys.executable, "-m", "loom_jax.cli", "convert", "from-run", str(folder), str(model)]
             subprocess.run(command, check=True)
@@ -88,7 +88,10 @@ def _score(variant: str, folder: Path, args: argparse.Namespace) -> Scores:
         outcomes = run_suite(suite, lambda requests: api.interleave(generator, requests, SETTINGS), batch=20)
         # The first batch of a task compiles; later ones tell what a frame costs.
         seconds = [s for o in outcomes if o.example.task == "tutorial" for s in o.seconds][-20:]
-        found = {"measurements": [dataclasses.asdict(m) for m in measure(outcomes)], "seconds": float(np.mean(seconds))}
+        found = {
+            "measurements": [dataclasses.asdict(m) for m in measure(outcomes)],
+            "seconds": _mean(seconds),
+        }
         saved.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(saved.read_text(encoding="utf-8"))
 
@@ -114,7 +117,9 @@ def _write(out: Path, scored: Mapping[str, Sequence[Scores]]) -> None:
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
         cells = [_cell(row["figures"][f"{task} {metric}"]) for task, metric in FIGURES]
-        lines.append([row["variant"], str(row["seeds"]), *cells, f"{row['seconds']:.3f}"])
+        lines.append(
+            [row["variant"], str(row["seeds"]), *cells, "" if row["seconds"] is None else f"{row['seconds']:.3f}"]
+        )
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     (out / "table.md").write_text(table, encoding="utf-8")
     print(table, flush=True)
@@ -137,8 +142,13 @@ def _row(variant: str, found: Sequence[Scores], whole: Sequence[Scores]) -> dict
             "means": means,
             "difference": None if change is None else dataclasses.asdict(change),
         }
-    seconds = float(np.mean([scores["seconds"] for scores in found]))
+    seconds = _mean([scores["seconds"] for scores in found if scores["seconds"] is not None])
     return {"variant": variant, "seeds": len(found), "figures": figures, "seconds": seconds}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing, as where a model wrote no plan."""
+    return float(np.mean(values)) if values else None
 
 
 def _values(scores: Scores, task: str, metric: str) -> dict[int, list[float]]:
