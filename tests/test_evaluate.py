@@ -214,6 +214,13 @@ def test_frames_of_another_size_are_refused():
         measure([outcome])
 
 
+@pytest.mark.parametrize("count", range(1, 60))
+@pytest.mark.parametrize("mean", [0.0, 0.3, 1.0])
+def test_an_interval_holds_its_mean_and_stays_within_0_and_1(mean, count):
+    low, high = wilson(mean, count)
+    assert 0 <= low <= mean <= high <= 1
+
+
 def test_intervals():
     assert wilson(0.8, 50) == pytest.approx((0.669, 0.888), abs=1e-3)
     yes_no = estimate({k: [k % 5 > 0] for k in range(50)})

@@ -37,7 +37,8 @@ def wilson(mean: float, count: int, confidence: float = 0.95) -> tuple[float, fl
     scale = 1 + z * z / count
     middle = (mean + z * z / (2 * count)) / scale
     half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return min(low, mean), max(high, mean)  # at 0 and 1 rounding would leave the mean outside
 
 
 def estimate(values: Mapping[Hashable, Sequence[float]], confidence: float = 0.95) -> Interval:
@@ -60,7 +61,7 @@ def estimate(values: Mapping[Hashable, Sequence[float]], confidence: float = 0.9
         drawn = np.random.default_rng(0).integers(number, size=(RESAMPLES, number))
         means = sums[drawn].sum(1) / counts[drawn].sum(1)
         low, high = (float(q) for q in np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2]))
-    return Interval(mean, low, high, int(counts.sum()), number)
+    return Interval(mean, min(low, mean), max(high, mean), int(counts.sum()), number)
 
 
 def paired_difference(
