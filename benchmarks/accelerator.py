@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.common import GIB, parser_of, report
 from benchmarks.cpu_step import CONFIG, documents, smaller, with_moments
+from benchmarks.report import GIB, parser_of, report
 from loom_jax import api
 from loom_jax.configs import bagel_7b
 from loom_jax.core import LoomConfig, from_mapping, to_mapping

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import best_and_median, parser_of, report
+from benchmarks.report import best_and_median, parser_of, report
 from loom_jax.document import (
     PADDING,
     ImageTokens,

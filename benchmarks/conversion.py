@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import GIB, parser_of, report
+from benchmarks.report import GIB, parser_of, report
 from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.converters.tables import model_entries
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig

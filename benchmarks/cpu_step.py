@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import parser_of, report
+from benchmarks.report import parser_of, report
 from loom_jax import api
 from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig, from_mapping, to_mapping

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from PIL import Image
 
-from benchmarks.common import MIB, parser_of, report
+from benchmarks.report import MIB, parser_of, report
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig
 from loom_jax.document import LOOM_TOKENS, Encoder, HistoryPolicy, ImageTransform, Tokenizer, time_token
 from loom_jax.generate import Done, Engine, FrameMade, Generator, ImageSettings, InterleavedRequest, interleave

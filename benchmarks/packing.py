@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import parser_of, report
+from benchmarks.report import parser_of, report
 from loom_jax.commands.train import read_config, read_recipe
 from loom_jax.data import (
     Address,

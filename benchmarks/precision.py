@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.common import parser_of, report
+from benchmarks.report import parser_of, report
 from loom_jax import api
 from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig

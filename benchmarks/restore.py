@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import GIB, parser_of, report
+from benchmarks.report import GIB, parser_of, report
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [sys.executable, "-m", "benchmarks", "restore"]

@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from benchmarks.common import best_and_median, parser_of, report
 from benchmarks.cpu_step import CONFIG, TOKENIZER, smaller
+from benchmarks.report import best_and_median, parser_of, report
 from loom_jax import api
 from loom_jax.core import LoomConfig
 from loom_jax.data import Budget, Packable, Tables, pack

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import best_and_median, parser_of, report
+from benchmarks.report import best_and_median, parser_of, report
 from loom_jax.commands.train import read_config, read_recipe
 from loom_jax.document import PADDING
 from loom_jax.models import mot

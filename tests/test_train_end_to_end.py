@@ -71,15 +71,17 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_disk_that_is_full_ends_a_run_in_one_line_and_it_goes_on_later(recipe, watched):
     arguments = train(recipe, watched, "total_steps=4")
+    # The limit would also cut off what is compiled anew, and warn of it.
     full = subprocess.run(
         [sys.executable, "-c", LIMITED, *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert full.returncode == 1, full.stderr[-3000:]
-    (said,) = full.stderr.splitlines()
+    assert "Traceback" not in full.stderr
+    (said,) = [line for line in full.stderr.splitlines() if line.startswith("loom")]  # libraries may warn
     assert said.startswith("loom train: the checkpoint of step 4 could not be written to ")
     assert said.endswith("; step 2 is the last good one: make room or mend the place, and start again")
     assert saved_steps(watched) == [2]
