@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.cpu_step import CONFIG, documents, smaller, with_moments
-from benchmarks.report import GIB, parser_of, report
+from benchmarks.report import GIB, best_and_median, parser_of, report
 from loom_jax import api
 from loom_jax.configs import bagel_7b
 from loom_jax.core import LoomConfig, from_mapping, to_mapping
@@ -46,18 +45,12 @@ def matrix_rate(size: int) -> float:
     """Returns the highest rate, FLOP/s, of bfloat16 products of square matrices in this process."""
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
     multiply = jax.jit(lambda a, b: a @ b)
-    return 2 * size**3 / min(_seconds(lambda: multiply(a, b), 10))
+    return 2 * size**3 / _seconds(lambda: multiply(a, b), 10)[0]
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Returns the seconds of each repetition after one that compiles."""
-    jax.block_until_ready(call())
-    found = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        found.append(time.perf_counter() - begin)
-    return found
+def _seconds(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Returns the least and the median seconds of a call."""
+    return best_and_median({"": call}, repeats)[""]
 
 
 def _peak_gib() -> float | None:
@@ -103,13 +96,13 @@ def train(config: LoomConfig, layers: int, args: argparse.Namespace) -> dict[str
     return _row(f"training step, {layers} layers, {need.und + need.gen} tokens, remat {args.remat}", found, flops)
 
 
-def _row(work: str, found: list[float], flops: float | None = None) -> dict[str, Any]:
-    best, peak = min(found), peak_tflops(jax.devices()[0].device_kind)
+def _row(work: str, found: tuple[float, float], flops: float | None = None) -> dict[str, Any]:
+    (best, median), peak = found, peak_tflops(jax.devices()[0].device_kind)
     rate = None if flops is None else flops / best / 1e12
     return {
         "work": work,
         "seconds": best,
-        "seconds_median": float(np.median(found)),
+        "seconds_median": median,
         "tflop": None if flops is None else flops / 1e12,
         "tflop_per_second": rate,
         "of_data_sheet": rate / peak if rate and peak else None,
@@ -170,7 +163,7 @@ def write(generator: Generator, rows: int, args: argparse.Namespace) -> dict[str
 
     written = int((np.asarray(decode()) != NO_TOKEN).sum())
     found = _seconds(decode, args.repeats)
-    return _row(f"text, {rows} rows, {written} tokens", found) | {"tokens_per_second": written / min(found)}
+    return _row(f"text, {rows} rows, {written} tokens", found) | {"tokens_per_second": written / found[0]}
 
 
 def main(argv: list[str]) -> int:

@@ -23,6 +23,7 @@ from PIL import Image
 from benchmarks.cpu_step import CONFIG, TOKENIZER, smaller
 from benchmarks.report import best_and_median, parser_of, report
 from loom_jax import api
+from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.core import LoomConfig
 from loom_jax.data import Budget, Packable, Tables, pack
 from loom_jax.document import ImageTokens, lay_out
@@ -103,8 +104,6 @@ class Work:
 
 def build(config: LoomConfig, folder: Path) -> Generator:
     """Returns a random model."""
-    from loom_jax.converters.synthetic import write_synthetic_release
-
     write_synthetic_release(folder / "release", config, dtype=lambda key: np.dtype(np.float32), tokenizer=TOKENIZER)
     api.convert(folder / "release", folder / "model")
     return api.load(folder / "model")

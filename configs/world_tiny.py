@@ -6,7 +6,7 @@ Data: all five tasks of the tutorial world, drawn as they are needed; no combina
 Hardware: any CPU, hours on two cores, in float32; one GPU, minutes. It goes on where it was stopped. With two devices
 on a CPU of two cores a step takes less time: XLA_FLAGS=--xla_force_host_platform_device_count=2 before the command, and
 --config.mesh.preset=hsdp after it.
-Expect: the table of docs/ that the shipped weights were measured for.
+Expect: no finished run is behind this recipe yet. After 2,500 steps the held-out losses were 0.118 (text) and 0.631.
 
 Every picture to be generated stands four times in its document, with noise of its own: what is given is read once for
 all of them. Decompositions, compositions and styles have no history; tutorials show up to three earlier frames. Half of
