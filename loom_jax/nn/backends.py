@@ -21,7 +21,7 @@ ATTENTION_BACKENDS: dict[str, Attend] = {
 
 
 _SMALL = 384 * 384
-"""Most (query, key) pairs of a row for which all of them at once beat a loop over pairs of blocks on a CPU."""
+"""Most (query, key) pairs of a row for which all of them at once beat a loop over blocks on a CPU."""
 
 
 def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout) -> jax.Array:
