@@ -1,5 +1,7 @@
 """Checkpoints of a run: saved in the background, kept by policy, restored onto any mesh, never half there."""
 
+import asyncio
+import gc
 import json
 import os
 import signal
@@ -258,6 +260,29 @@ def test_a_full_disk_is_reported_and_the_step_before_restores(tmp_path):
     assert said.endswith("(File too large); step 1 is the last good one: make room or mend the place, and start again")
     assert "Traceback" not in done.stdout
     assert "THEN 2 ['1', '2']" in done.stdout
+
+
+def forget_a_failure(place: str) -> None:
+    """A task that fails, from code of this file, which nobody waits for."""
+    code: dict[str, Any] = {}
+    exec(compile("async def write():\n    raise ValueError('File too large')", place, "exec"), code)
+
+    async def forget() -> None:
+        task = asyncio.ensure_future(code["write"]())
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+
+    asyncio.run(forget())
+
+
+def test_the_arrays_that_fail_after_the_first_say_nothing_of_it(tmp_path, caplog):
+    RunCheckpoints(tmp_path)
+    forget_a_failure("/libraries/orbax/checkpoint/handlers.py")
+    assert not caplog.records
+    forget_a_failure("/libraries/another.py")
+    (record,) = caplog.records
+    assert record.name == "asyncio" and "/libraries/another.py" in record.getMessage()
 
 
 def test_a_failure_shows_at_the_next_check(tmp_path):

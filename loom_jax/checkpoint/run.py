@@ -135,7 +135,8 @@ class RunCheckpoints:
         self._pending: tuple[int, ocp.AsyncResponse[None]] | None = None
         self._saved: int | None = None
         self._cleaned = False
-        logging.getLogger("absl").addFilter(_QUIET)
+        for library in ("absl", "asyncio"):
+            logging.getLogger(library).addFilter(_QUIET)
         if not isinstance(sys.unraisablehook, _TooLate):
             sys.unraisablehook = _TooLate(sys.unraisablehook)
 
@@ -476,10 +477,13 @@ def _discard(path: Path) -> None:
 
 
 class _Said(logging.Filter):
-    """Keeps back the traces that Orbax logs for a failed save, each several times: the error says it in one line."""
+    """Keeps back the traces of a failed save, which the error says in one line: Orbax logs each several times, and
+    asyncio those of the arrays that failed after the first, when Orbax no longer waits for them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+        message = record.getMessage()
+        forgotten = "exception was never retrieved" in message and "orbax" in message
+        return not forgotten and "_SignalingThread.run() raised an exception" not in message
 
 
 _QUIET = _Said()
