@@ -132,6 +132,12 @@ def test_saved_from_one_mesh_and_restored_onto_another(tmp_path):
     np.testing.assert_array_equal(as_host["decoder/layers/1/und/q_proj/bias"], np.arange(8, 16).reshape(4, 2))
 
 
+def test_a_folder_does_not_tell_where_it_was_written(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if str(folder.parent).encode() in path.read_bytes()] == []
+
+
 def test_dtype_is_as_stored_or_as_asked(tmp_path):
     params = params_of((jnp.bfloat16, jnp.float16))
     save_params(tmp_path / "step", params)

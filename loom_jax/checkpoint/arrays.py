@@ -47,6 +47,9 @@ PIECE_BYTES = 2**26
 STATE = "state"
 """Folder of an Orbax checkpoint in which its leaves lie."""
 
+COMMITTED = "commit_success.txt"
+"""File that Orbax writes last."""
+
 STACKED = "layers"
 """Path component below which parameters are stacked along a layer axis."""
 
@@ -135,6 +138,8 @@ class ParamWriter:
         with context():
             ocp.partial.finalize(self.path)
         if jax.process_index() == 0:
+            # Orbax notes where the checkpoint was written: a folder that is passed on should not tell.
+            (self.path / COMMITTED).write_text("Checkpoint commit was successful", encoding="utf-8")
             for name, (array, dtype) in self._large.items():
                 _fill(self.path, name, array, dtype, self.path / STATE)
 
