@@ -49,6 +49,7 @@ def _parser() -> ArgumentParser:
     add("--history", metavar="POLICY", help="which frames a frame sees: none, all, last(k), uniform(k), random(k)")
     add("--without", action="append", choices=PARTS, help="part of the method that it was trained without; repeatable")
     add("--steps", type=int, metavar="N", help="points of the schedule: N-1 evaluations [50]")
+    add("--timestep-shift", type=float, metavar="S", help="more than 1 spends more steps near noise [3]")
     add("--cfg-text-scale", type=float, metavar="A", help="guidance by text; 1 turns all guidance off [4]")
     add("--cfg-img-scale", type=float, metavar="B", help="guidance by pictures [2]")
     add("--samples", type=int, default=4, metavar="N", help="requests shown of each task and split [4]")
@@ -91,7 +92,12 @@ def _run_world(args: argparse.Namespace) -> int:
     from loom_jax import api
     from loom_jax.evaluate import measure, run_suite, write_report
 
-    changes = {"num_timesteps": args.steps, "cfg_text_scale": args.cfg_text_scale, "cfg_img_scale": args.cfg_img_scale}
+    changes = {
+        "num_timesteps": args.steps,
+        "timestep_shift": args.timestep_shift,
+        "cfg_text_scale": args.cfg_text_scale,
+        "cfg_img_scale": args.cfg_img_scale,
+    }
     given = {name: value for name, value in changes.items() if value is not None}
     settings = dataclasses.replace(api.LOOM_SETTINGS, taylorseer=args.taylorseer, **given)
     text = api.TextSettings(max_new_tokens=args.max_new_tokens)
