@@ -55,6 +55,7 @@ CHANGES = {
     "schedule": "constant",
     "warmup_steps": 3,
     "min_learning_rate": 5e-3,
+    "decay_steps": 20,
     "b1": 0.5,
     "b2": 0.5,
     "eps": 1e-2,
@@ -151,6 +152,12 @@ def test_schedules():
         OptimizerConfig(learning_rate=3.0, schedule="cosine", warmup_steps=2, min_learning_rate=1.0), 12
     )
     np.testing.assert_allclose([cosine(s) for s in (0, 1, 2, 7, 12)], [0, 1.5, 3, 2, 1], rtol=1e-6)
+    longer = learning_rate(
+        OptimizerConfig(learning_rate=3.0, schedule="cosine", warmup_steps=2, min_learning_rate=1.0, decay_steps=12), 7
+    )
+    assert [longer(s) for s in range(8)] == [cosine(s) for s in range(8)]
+    with pytest.raises(ConfigError, match="decay_steps=2: must be after"):
+        OptimizerConfig(warmup_steps=2, decay_steps=2)
 
 
 def test_the_average_follows_in_its_own_dtype():

@@ -19,6 +19,8 @@ class OptimizerConfig:
       name: `adamw`, or `adafactor` as the lean choice.
       schedule: `constant` or `cosine`, both after a linear warm-up whose first step has rate 0.
       min_learning_rate: where cosine ends.
+      decay_steps: at which step cosine ends; `total_steps` by default. More of them stop a run before its rate has
+        fallen, for another to go on from its weights.
       weight_decay: of matrices alone; norms, biases and position tables never decay.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
       moment_dtype: in which AdamW keeps its moments between steps.
@@ -29,6 +31,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 2000
     min_learning_rate: float = 1e-7
+    decay_steps: int | None = None
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-15
@@ -42,6 +45,10 @@ class OptimizerConfig:
         if self.clip_norm < 0 or self.warmup_steps < 0:
             raise ConfigError(
                 f"optimizer.clip_norm={self.clip_norm}, optimizer.warmup_steps={self.warmup_steps}: must be at least 0"
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"optimizer.decay_steps={self.decay_steps}: must be after optimizer.warmup_steps={self.warmup_steps}"
             )
 
 

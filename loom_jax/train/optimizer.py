@@ -16,7 +16,8 @@ NO_DECAY = ("scale", "bias", "table", "embedding")
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns the schedule of spec section 9. As in the original, cosine rises again beyond `total_steps`."""
+    """Returns the schedule of spec section 9. As in the original, cosine rises again beyond its last step."""
+    last = config.decay_steps or total_steps
 
     def at(step: Any) -> jax.Array:
         warming = step < config.warmup_steps
@@ -24,7 +25,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         if config.schedule == "constant":
             return config.learning_rate * jnp.where(warming, warm, 1.0)
         least = config.min_learning_rate / config.learning_rate
-        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        progress = (step - config.warmup_steps) / max(1, last - config.warmup_steps)
         falling = jnp.maximum(0.0, (1 - least) * 0.5 * (1 + jnp.cos(jnp.pi * progress)) + least)
         return config.learning_rate * jnp.where(warming, warm, falling)
 
