@@ -87,6 +87,20 @@ def test_tutorial_plans_first_and_shows_earlier_frames():
     assert given[1] == plan + "?" and given[-1].startswith("noisy")
 
 
+def test_a_plan_alone_ends_the_document_and_keeps_its_prompt():
+    plan = TUTORIAL["instruction_list"][1]
+    recipe = RECIPES["tutorial_plan"]
+    prompts = {f"{plan_prompt('tutorial', 'rice', count)}?" for count in (None, 4)}
+    assert {tuple(outline(recipe.build(TUTORIAL, RNG(seed)))) for seed in range(20)} == {
+        (p, plan + "*") for p in prompts
+    }
+    assert (recipe.dropout.text, recipe.dropout.clean, recipe.dropout.vit) == (0, 0, 0)
+    assert outline(RECIPES["image_tutorial_plan"].build(TUTORIAL, RNG(0)))[:2] == ["clean 4?", "vit 4?"]
+    assert outline(RECIPES["image_tutorial_plan"].build(TUTORIAL, RNG(0)))[3:] == [plan + "*"]
+    with pytest.raises(BadRow, match="nothing to learn"):
+        recipe.build(TUTORIAL, RNG(0), method=Method(planning=False))
+
+
 def test_what_the_method_leaves_out_is_not_in_the_document():
     def made(recipe, row, **options):
         return outline(RECIPES[recipe].build(row, RNG(3), **options))

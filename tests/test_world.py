@@ -235,7 +235,7 @@ def test_unknown_names_are_refused():
         draw_example("tutorial", "dev", 0, 0)
 
 
-@pytest.mark.parametrize("recipe", [*TASKS, "tutorial_frames"])
+@pytest.mark.parametrize("recipe", [*TASKS, "tutorial_frames", "image_tutorial_plan"])
 @pytest.mark.parametrize("split", [(), ("long",)])
 def test_rows_suit_their_recipe(recipe, split):
     source = open_source("world", split, recipe=recipe)
@@ -244,9 +244,10 @@ def test_rows_suit_their_recipe(recipe, split):
         segments = RECIPES[recipe].build(row, np.random.default_rng(index))
         pictures = [segment for segment in segments if isinstance(segment, Picture)]
         given = len(row.get("condition_list", row.get("entity_list", ())))
-        assert [p.role for p in pictures[: 2 * given]] == ["clean", "vit"] * given and pictures[-1].role == "noisy"
+        assert [p.role for p in pictures[: 2 * given]] == ["clean", "vit"] * given
+        assert (pictures[-1].role == "noisy") == (not recipe.endswith("_plan"))
         learned = [segment.text for segment in segments if isinstance(segment, Text) and segment.loss]
-        planned = recipe in ("tutorial", "image_tutorial", "decomposition")
+        planned = recipe in ("tutorial", "image_tutorial", "decomposition", "image_tutorial_plan")
         assert learned == (row["instruction_list"][1:] if planned else [])
     with pytest.raises(ConfigError, match="expected none, or one of train"):
         open_source("world", ("dev",), recipe=recipe)

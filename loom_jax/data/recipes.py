@@ -46,6 +46,7 @@ Build = Callable[..., list[Segment]]
 
 PER_SEGMENT = DropoutConfig()
 TOGETHER = DropoutConfig(text=0.1, clean=0.1, vit=0.1, together=True)
+KEPT = DropoutConfig(text=0.0, clean=0.0, vit=0.0)
 HISTORY = HistoryPolicy("random", 3)
 """Earlier frames that a tutorial's document shows (spec of Loom: the training default)."""
 TURNS = tuple(token for token in LOOM_TOKENS if token.startswith("<|turn_"))
@@ -143,6 +144,7 @@ def tutorial(
     task: InterleavedTask = "tutorial",
     history: HistoryPolicy = HISTORY,
     learn_plan: bool = True,
+    learn_frames: bool = True,
     condition: Literal["given", "first", "last"] = "given",
     method: Method = WHOLE,
 ) -> list[Segment]:
@@ -158,6 +160,7 @@ def tutorial(
       task: which prompt to use.
       history: how the subset is drawn.
       learn_plan: learn the whole plan, which is then never dropped; else it is given, and drops with the other texts.
+      learn_frames: show and learn frames; else the document ends with the plan.
       condition: where there is no `condition_list`: nothing is given; or the first picture, which is then no frame; or
         the last frame, which is one.
       method: what is left out of the document.
@@ -177,9 +180,13 @@ def tutorial(
         raise BadRow("empty text", f"a step of the plan {plan[:80]!r}")
     # Without a plan nothing else says how many there are to be.
     count = len(steps) if rng.integers(2) or not method.planning else None
-    chosen = history.choose_subset(len(frames), rng)
     prompt = plan_prompt(task, instruction, count)
     start = prologue([Condition(image) for image in conditions], prompt, plan, learn_plan, method)
+    if not learn_frames:
+        if not method.planning:
+            raise BadRow("nothing to learn", "a document that ends with its plan, without planning")
+        return start
+    chosen = history.choose_subset(len(frames), rng)
     return [*start, *learned_frames([Turn(k + 1, steps[k], frames[k]) for k in chosen], method)]
 
 
@@ -205,6 +212,7 @@ def composition(row: Row, rng: np.random.Generator, method: Method = WHOLE) -> l
 
 _PLANNED: dict[str, Any] = {"dropout": TOGETHER, "tokens": TURNS, "options": ("method", "history")}
 _COMPOSED: dict[str, Any] = {"dropout": TOGETHER, "tokens": ENTITY_TOKENS, "options": ("method",)}
+_PLAN_ALONE: dict[str, Any] = {"dropout": KEPT, "options": ("method",)}
 _image_tutorial = partial(tutorial, condition="last")
 _decomposition = partial(tutorial, task="decompose", history=HistoryPolicy("none", 0), condition="first")
 
@@ -214,18 +222,27 @@ RECIPES: dict[str, Recipe] = {
     "vlm": Recipe(vlm, shares_area=True),
     "tutorial": Recipe(tutorial, **_PLANNED),
     "tutorial_frames": Recipe(partial(tutorial, learn_plan=False), **_PLANNED),
+    "tutorial_plan": Recipe(partial(tutorial, learn_frames=False), **_PLAN_ALONE),
     "image_tutorial": Recipe(_image_tutorial, **_PLANNED),
     "image_tutorial_frames": Recipe(partial(_image_tutorial, learn_plan=False), **_PLANNED),
+    "image_tutorial_plan": Recipe(partial(_image_tutorial, learn_frames=False), **_PLAN_ALONE),
     "decomposition": Recipe(_decomposition, **_PLANNED),
     "decomposition_frames": Recipe(partial(_decomposition, learn_plan=False), **_PLANNED),
+    "decomposition_plan": Recipe(partial(_decomposition, learn_frames=False), **_PLAN_ALONE),
     "composition": Recipe(composition, **_COMPOSED),
     "style": Recipe(composition, **_COMPOSED),
 }
 """Every recipe by the name that configurations use.
 
 Those named `_frames` give the plan instead of learning it, so that it can be dropped: mix some in, for the guidance
-branch without text has no plan.
+branch without text has no plan. Those named `_plan` end with the plan: short documents, many in a batch, for a planner
+that is not right yet.
 """
+
+
+def rows_of(recipe: str) -> str:
+    """Returns the recipe by whose name the rows go: `tutorial_frames` takes the rows of `tutorial`."""
+    return recipe.removesuffix("_frames").removesuffix("_plan")
 
 
 def _value(row: Row, name: str, kind: type) -> Any:

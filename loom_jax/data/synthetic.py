@@ -16,6 +16,7 @@ from PIL import ImageDraw
 
 from loom_jax.core import ConfigError
 from loom_jax.data.bad_rows import BadRow
+from loom_jax.data.recipes import rows_of
 
 COLOURS = {
     "red": (208, 44, 44),
@@ -38,7 +39,7 @@ Thing = tuple[str, str, str]
 
 
 class SyntheticRows:
-    """Rows for one recipe; row i is always the same. A recipe named `_frames` has the rows of the one without.
+    """Rows for one recipe; row i is always the same. `rows_of` says which recipes share rows.
 
     Raises:
       ConfigError: no such rows can be drawn.
@@ -48,7 +49,7 @@ class SyntheticRows:
     bad_files: Sequence[BadRow] = ()
 
     def __init__(self, recipe: str):
-        rows = recipe.removesuffix("_frames")
+        rows = rows_of(recipe)
         if rows not in _DRAWN:
             raise ConfigError(f"no synthetic rows for recipe {recipe!r}: there are rows for {', '.join(_DRAWN)}")
         self._recipe = rows

@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 
 from loom_jax.core import ConfigError
 from loom_jax.data.bad_rows import BadRow
+from loom_jax.data.recipes import rows_of
 from loom_jax.data.world.render import render
 from loom_jax.data.world.scene import SPLITS, Split
 from loom_jax.data.world.tasks import TASKS, Example, WorldTask, draw_example
@@ -53,7 +54,7 @@ class WorldRows:
 
 
 def open_world(recipe: str, paths: Sequence[str] = ()) -> WorldRows:
-    """Returns the rows for a recipe; one named `_frames` has those of the one without. `paths` may name the split.
+    """Returns the rows for a recipe; `rows_of` says which share rows. `paths` may name the split.
 
     Raises:
       ConfigError: there are no such rows.
@@ -61,7 +62,7 @@ def open_world(recipe: str, paths: Sequence[str] = ()) -> WorldRows:
     split = "train" if not paths else paths[0]
     if len(paths) > 1 or split not in SPLITS:
         raise ConfigError(f"paths={list(paths)} of the world: expected none, or one of {', '.join(SPLITS)}")
-    return WorldRows(recipe.removesuffix("_frames"), split)
+    return WorldRows(rows_of(recipe), split)
 
 
 def to_row(example: Example) -> dict[str, Any]:
