@@ -36,6 +36,7 @@ def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
     )
     config.model.vit.update({"hidden_size": 64, "intermediate_size": 160, "num_layers": 2, "num_heads": 2})
     config.total_steps = 1500
+    config.optimizer.decay_steps = None
     config.save = {"every": 250, "keep_last": 1}
     config.watch = {"log_every": 25}
     config.held_out = None
