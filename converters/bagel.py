@@ -16,7 +16,7 @@ from loom_jax.core.command import BAD_INPUT, FAILED
 if TYPE_CHECKING:
     import numpy as np
 
-NAME = "python -m loom_jax.converters.bagel"
+NAME = "loom convert"
 DTYPES = ("bfloat16", "float32")
 
 _EXAMPLES = """example:

@@ -469,7 +469,7 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["to-orbax", "--help"])
     assert stop.value.code == 0
-    assert "example:\n  python -m loom_jax.converters.bagel to-orbax" in capsys.readouterr().out
+    assert "example:\n  loom convert to-orbax" in capsys.readouterr().out
     assert main(["to-orbax", str(CKPT), str(tmp_path / "orbax")]) == 0
     assert main(["inspect", str(tmp_path / "orbax")]) == 0
     assert main(["from-orbax", str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0

@@ -92,7 +92,7 @@ def read_folder(path: Path | str) -> ModelFolder:
     if text is None:
         raise CheckpointError(
             f"{address or path} is not a converted model: it holds no {RECORD}; make one with "
-            "`python -m loom_jax.converters.bagel to-orbax RELEASE FOLDER`"
+            "`loom convert to-orbax RELEASE FOLDER`"
         )
     try:
         record = json.loads(text)
