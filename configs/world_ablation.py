@@ -25,7 +25,8 @@ VARIANTS = {
 """Variant -> what is other than in `whole`, which shows up to three random frames in training and generates with
 uniform(2). The others generate with the history that they were trained with."""
 
-WEIGHTS = {"tutorial": 2.0, "tutorial_frames": 2.0, "composition": 2.0}
+WEIGHTS = {"tutorial": 2.0, "tutorial_frames": 2.0, "tutorial_plan": 8.0, "composition": 3.0}
+"""Recipe -> relative share of the rows. Without planning there are no documents that are only a plan."""
 
 
 def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
@@ -35,6 +36,7 @@ def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
         {"hidden_size": 128, "intermediate_size": 384, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
     )
     config.model.vit.update({"hidden_size": 64, "intermediate_size": 160, "num_layers": 2, "num_heads": 2})
+    config.model.timestep_shift = 4.0  # as in the second stage of world_tiny: learns sooner what to draw where
     config.total_steps = 1500
     config.optimizer.decay_steps = None
     config.save = {"every": 250, "keep_last": 1}
@@ -43,6 +45,8 @@ def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
     config.data.mixture = [
         {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4}
         for name, weight in WEIGHTS.items()
+        if variant != "no_planning" or name != "tutorial_plan"
     ]
+    config.data.budget.und = 896
     config.data.update(VARIANTS[variant])
     return config
