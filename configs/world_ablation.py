@@ -36,17 +36,15 @@ def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
         {"hidden_size": 128, "intermediate_size": 384, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
     )
     config.model.vit.update({"hidden_size": 64, "intermediate_size": 160, "num_layers": 2, "num_heads": 2})
-    config.model.timestep_shift = 4.0  # as in the second stage of world_tiny: learns sooner what to draw where
+    config.model.timestep_shift = 4.0  # as in the second stage of world_tiny
     config.total_steps = 1500
     config.optimizer.decay_steps = None
     config.save = {"every": 250, "keep_last": 1}
     config.watch = {"log_every": 25}
     config.held_out = None
-    config.data.mixture = [
-        {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4}
-        for name, weight in WEIGHTS.items()
-        if variant != "no_planning" or name != "tutorial_plan"
-    ]
+    planned = variant != "no_planning"
+    weights = {name: weight for name, weight in WEIGHTS.items() if planned or name != "tutorial_plan"}
+    config.data.mixture = world_tiny.mixture(weights)
     config.data.budget.und = 896
     config.data.update(VARIANTS[variant])
     return config

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from loom_jax.cli import main
+from loom_jax.commands.data import RECIPE_NAMES
 from loom_jax.converters.bagel import to_orbax
-from loom_jax.data import open_source, read_moments
+from loom_jax.data import RECIPES, open_source, read_moments
 from loom_jax.document import ImageTransform
 from tests.data import ROWS
 from tests.reference import CKPT
@@ -94,3 +95,7 @@ def test_bad_usage_is_one_line(argv, named, capsys):
     assert main(["data", *argv]) == 2
     err = capsys.readouterr().err
     assert named in err and err.count("\n") == 1
+
+
+def test_every_recipe_can_be_looked_at():
+    assert sorted(RECIPE_NAMES) == sorted(RECIPES)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 NAME = "loom data"
 KINDS = ("parquet", "jsonl", "folders", "array_record", "synthetic", "world")
 DRAWN = ("synthetic", "world")
-TASKS = ("t2i", "edit", "vlm", "tutorial", "tutorial_frames", "image_tutorial", "decomposition", "composition", "style")
+_TURNS = ("tutorial", "image_tutorial", "decomposition")
+_PLANNED = [f"{task}{part}" for task in _TURNS for part in ("", "_frames", "_plan")]
+RECIPE_NAMES = ("t2i", "edit", "vlm", *_PLANNED, "composition", "style")
+"""Those of loom_jax.data, which the help does not import."""
 EPILOG = """examples:
   loom data build data/edit --source parquet --recipe edit --out built/edit
   loom data inspect built/edit --source array_record --recipe edit --out rows.html
@@ -64,7 +67,7 @@ def _subcommand(commands: Any, name: str, summary: str, run: Any) -> argparse.Ar
         help="files, folders or patterns; none for synthetic; a split for world",
     )
     add("--source", choices=KINDS, required=True, help="how the rows are stored")
-    add("--recipe", choices=TASKS, required=True, help="what the rows are for; rows it cannot use are left out")
+    add("--recipe", choices=RECIPE_NAMES, required=True, help="what the rows are for; rows it cannot use are left out")
     add("--images", metavar="DIR", help="folder that file names in a jsonl are relative to")
     add("--out", type=Path, required=True, metavar="PATH", help="what to write: a new folder, or an HTML file")
     add("--max-bad-share", type=float, default=0.05, metavar="X", help="stop above this share of bad rows [0.05]")
