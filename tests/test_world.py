@@ -48,7 +48,7 @@ from loom_jax.document import (
 from tests.data import TABLES, data_config
 
 STAR = Thing("large", "blue", "star", "top left")
-DISC = Thing("small", "red", "circle", "middle")
+DISC = Thing("small", "red", "circle", "lower right")
 ROOMY = {"und": 1024, "gen": 448, "vit": 960}
 CANVAS = [{"height": 64, "width": 64, "count": 24}]
 BOTH = Scene("meadow", frozenset({STAR, DISC}))
@@ -62,9 +62,9 @@ def test_steps_change_a_scene():
     red = dataclasses.replace(STAR, colour="red")
     assert follow([Paint("meadow"), Add(STAR), Add(DISC)])[-1] == BOTH
     assert apply(BOTH, Recolour(STAR, "red")).things == {red, DISC}
-    assert apply(BOTH, Move(DISC, "right")).at("right") == dataclasses.replace(DISC, place="right")
+    assert apply(BOTH, Move(DISC, "top right")).at("top right") == dataclasses.replace(DISC, place="top right")
     assert apply(BOTH, Remove(STAR)) == Scene("meadow", frozenset({DISC}))
-    assert touched(Move(DISC, "right")) == {"middle", "right"} and touched(Paint("sea")) == set()
+    assert touched(Move(DISC, "top right")) == {"lower right", "top right"} and touched(Paint("sea")) == set()
     assert [scene.things for scene in follow([Add(STAR), Add(DISC)], elements=True)] == [{STAR}, {DISC}]
 
 
@@ -79,9 +79,9 @@ def test_steps_that_cannot_be_done_say_so():
     ("step", "text"),
     [
         (Paint("meadow"), "paint the meadow"),
-        (Add(DISC), "draw a small red circle in the middle"),
+        (Add(DISC), "draw a small red circle at the lower right"),
         (Recolour(STAR, "green"), "make the large blue star at the top left green"),
-        (Move(DISC, "bottom"), "move the small red circle from the middle to the bottom"),
+        (Move(DISC, "bottom far left"), "move the small red circle from the lower right to the bottom far left"),
         (Remove(STAR), "erase the large blue star at the top left"),
     ],
 )
@@ -90,10 +90,10 @@ def test_steps_are_worded_and_read_back(step, text):
 
 
 def test_steps_are_read_with_synonyms_and_nothing_else():
-    assert read_step("draw a tiny red disc in the middle") == Add(DISC)
-    assert read_step("the small red circle in the middle") == Add(DISC)
+    assert read_step("draw a tiny red disc at the lower right") == Add(DISC)
+    assert read_step("the small red circle at the lower right") == Add(DISC)
     with pytest.raises(InputError, match="no step"):
-        read_step("draw a small red dog in the middle")
+        read_step("draw a small red dog at the lower right")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -175,8 +175,8 @@ def test_long_sequences_are_half_as_long_again():
 def test_pictures_show_scenes():
     meadow, both, striped = render([Scene("meadow"), BOTH, dataclasses.replace(BOTH, style="stripes")])
     assert both.shape == (SIDE, SIDE, 3) and both.dtype == np.uint8
-    assert (both[32, 32] == [214, 40, 46]).all() and (both[10, 11] == [40, 88, 212]).all()
-    assert (both[43:] == meadow[43:]).all() and (both != striped).any()
+    assert (both[40, 40] == [214, 40, 46]).all() and (both[8, 24] == [40, 88, 212]).all()
+    assert (both[48:] == meadow[48:]).all() and (both != striped).any()
     np.testing.assert_array_equal(both, render([BOTH])[0])
 
 
@@ -185,7 +185,7 @@ def test_backgrounds_and_things_stand_out_from_each_other():
     for first, second in itertools.combinations(grounds, 2):
         assert np.abs(first - second).mean() > 10
     for name, (size, colour, shape) in itertools.product(BACKGROUNDS, itertools.product(SIZES, COLOURS, SHAPES)):
-        with_thing = render([Scene(name, frozenset({Thing(size, colour, shape, "top")}))])[0].astype(float)
+        with_thing = render([Scene(name, frozenset({Thing(size, colour, shape, "top left")}))])[0].astype(float)
         difference = np.abs(with_thing - grounds[BACKGROUNDS.index(name)]).max(-1)
         assert (difference > 60).sum() > 25, f"a {size} {colour} {shape} is hard to see on {name}"
 

@@ -11,8 +11,10 @@ from loom_jax.core import InputError
 from loom_jax.data.world.scene import (
     BACKGROUNDS,
     COLOURS,
+    COLUMNS,
     PAPER,
     PLACES,
+    ROWS,
     SHAPES,
     SIZES,
     Add,
@@ -109,8 +111,8 @@ _WORDS |= {word: shape for shape, words in SHAPE_WORDS.items() for word in words
 
 
 def at(place: str) -> str:
-    """Returns where a thing is: `at the top left`, `in the middle`."""
-    return f"{'in' if place == 'middle' else 'at'} the {place}"
+    """Returns where a thing is: `at the top far left`."""
+    return f"at the {place}"
 
 
 def word_step(step: Step, element: bool = False) -> str:
@@ -163,7 +165,7 @@ def _compile(wording: str) -> re.Pattern[str]:
         "shape": one_of("shape", SHAPES),
         "ground": one_of("ground", BACKGROUNDS),
         "new": one_of("new", COLOURS),
-        "at": f"(?:at|in) the {one_of('place', PLACES)}",
+        "at": f"at the {one_of('place', PLACES)}",
         "where": f"the {one_of('place', PLACES)}",
         "there": f"the {one_of('there', PLACES)}",
     }
@@ -179,7 +181,7 @@ def pick(rng: np.random.Generator, values: Sequence[str]) -> str:
 
 
 def describe(thing: Thing, rng: np.random.Generator) -> str:
-    """Returns a thing in one of its wordings: `a little red disc at the top`."""
+    """Returns a thing in one of its wordings: `a little red disc at the top left`."""
     size, shape = pick(rng, SIZE_WORDS[thing.size]), pick(rng, SHAPE_WORDS.get(thing.shape, (thing.shape,)))
     return f"a {size} {thing.colour} {shape} {_at(thing.place, rng)}"
 
@@ -194,9 +196,8 @@ def _at(place: str, rng: np.random.Generator) -> str:
 
 
 def _at_words(place: str) -> tuple[str, ...]:
-    if place == "middle":
-        return "in the middle", "in the centre"
-    return at(place), f"in the {place} corner" if " " in place else f"on the {place}"
+    row, column = place.split(" ", 1)
+    return at(place), f"in the {row} row on the {column}"
 
 
 def word_tutorial(background: str, things: Sequence[Thing], changes: Sequence[Step], rng: np.random.Generator) -> str:
@@ -225,7 +226,7 @@ def phrases() -> list[str]:
     groups: list[Sequence[str]] = [TUTORIALS, IMAGE_TUTORIALS, DECOMPOSITIONS, STYLINGS, PLACINGS, MERGINGS]
     groups += [GROUNDINGS, DRESSINGS, *CHANGES.values(), list(STEPS.values()), list(ELEMENTS.values())]
     wordings = [re.sub(r"\{\w+\}", "{}", text) for group in groups for text in group]
-    words: list[str] = [*SHAPES, *COLOURS, *SIZES, *PLACES, *BACKGROUNDS, PAPER, "a", "and"]
+    words: list[str] = [*SHAPES, *COLOURS, *SIZES, *PLACES, *ROWS, *COLUMNS, *BACKGROUNDS, PAPER, "a", "and"]
     for synonyms in (*SIZE_WORDS.values(), *SHAPE_WORDS.values(), *GROUND_WORDS.values(), *map(_at_words, PLACES)):
         words += synonyms
     return [*wordings, *words]

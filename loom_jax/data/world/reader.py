@@ -19,7 +19,7 @@ from loom_jax.data.world.render import CELL, SIDE, background, cell_slices, spri
 from loom_jax.data.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, STYLES, Scene, Thing
 
 CLEAR = 0.18
-"""A picture is clear if no cell, and not the rest, differs from what was read by more (root mean square, of 1)."""
+"""A picture is clear if no cell differs from what was read by more (root mean square, of 1)."""
 FINALISTS = 3
 """Styles and backgrounds that are compared pixel by pixel."""
 BLOCK = 4
@@ -99,47 +99,44 @@ def _coarse_totals(pictures: np.ndarray, styles: tuple[str, ...]) -> np.ndarray:
 
     One product for each place, and not one for each style and background as well: a product has its cost in threads.
     """
-    *cells, rest, own = _cut(pictures, BLOCK)
-    templates, squares, around = _coarse_templates(styles)
-    totals = (rest**2).sum(1, keepdims=True) - 2 * (rest @ around.T) + (around**2).sum(1)
+    *cells, own = _cut(pictures, BLOCK)
+    templates, squares = _coarse_templates(styles)
+    totals = own.sum(1, keepdims=True)
     for place, cell in enumerate(cells):
         apart = squares[place] - 2 * (cell @ templates[place].T)
-        totals += own[:, place, None] + apart.reshape(len(cell), len(around), -1).min(2)
+        totals = totals + apart.reshape(len(cell), -1, len(_KINDS)).min(2)
     return totals
 
 
 @functools.cache
-def _coarse_templates(styles: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns `_templates` of all styles and backgrounds: [9, G kinds, values], [9, G kinds], [G, R]."""
+def _coarse_templates(styles: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `_templates` of all styles and backgrounds: [16, G kinds, values] and [16, G kinds]."""
     parts = [_templates(*ground, BLOCK) for ground in itertools.product(styles, BACKGROUNDS)]
-    templates, squares, around = zip(*parts, strict=True)
-    return np.concatenate(templates, 1), np.concatenate(squares, 1), np.stack(around)
+    templates, squares = zip(*parts, strict=True)
+    return np.concatenate(templates, 1), np.concatenate(squares, 1)
 
 
 def _compare(parts: Sequence[np.ndarray], style: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compares pictures, cut into parts, with all pictures of one style and background.
 
     Returns:
-      [N] sums of squares over the nearest one, its kinds [N, 9], and its difference in the worst cell, [N].
+      [N] sums of squares over the nearest one, its kinds [N, 16], and its difference in the worst cell, [N].
     """
-    *cells, rest, own = parts
-    templates, squares, around = _templates(style, name, 1)
-    beside = ((rest - around) ** 2).sum(1)
-    distances = np.empty((len(rest), len(PLACES)), np.float32)
-    kinds = np.empty((len(rest), len(PLACES)), int)
+    *cells, own = parts
+    templates, squares = _templates(style, name, 1)
+    distances = np.empty((len(own), len(PLACES)), np.float32)
+    kinds = np.empty((len(own), len(PLACES)), int)
     for place, cell in enumerate(cells):
         apart = own[:, place, None] - 2 * (cell @ templates[place].T) + squares[place]
         kinds[:, place] = apart.argmin(1)
         distances[:, place] = np.maximum(apart.min(1), 0)
-    worst = np.sqrt(np.maximum(distances.max(1) / cells[0].shape[1], beside / rest.shape[1]))
-    return distances.sum(1) + beside, kinds, worst
+    return distances.sum(1), kinds, np.sqrt(distances.max(1) / cells[0].shape[1])
 
 
 @functools.cache
-def _templates(style: str, name: str, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns every content of every cell, [9, kinds, values], their squares summed, [9, kinds], and the rest, [R]."""
+def _templates(style: str, name: str, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns every content of every cell, [16, kinds, values], and their squares summed, [16, kinds]."""
     ground = background(style, name)
-    rest = _cut(ground[None] / 255, block)[-2]
     cells = []
     for place in PLACES:
         bare = ground[cell_slices(place)]
@@ -147,23 +144,17 @@ def _templates(style: str, name: str, block: int) -> tuple[np.ndarray, np.ndarra
         drawn = [bare, *(bare * (1 - alpha) + colour for alpha, colour in sprites)]
         cells.append(_flat(np.stack(drawn) / 255, block))
     templates = np.stack(cells)
-    return templates, (templates**2).sum(-1), rest[0]
+    return templates, (templates**2).sum(-1)
 
 
 def _cut(pictures: np.ndarray, block: int) -> list[np.ndarray]:
-    """Returns the nine cells averaged over blocks, [N, values] each, the pixels around them, [N, R], and the sums of
-    squares of the cells, [N, 9]."""
-    around = np.ones((SIDE, SIDE), bool)
-    for place in PLACES:
-        around[cell_slices(place)] = False
+    """Returns the sixteen cells averaged over blocks, [N, values] each, and their sums of squares, [N, 16]."""
     cells = [_flat(pictures[(slice(None), *cell_slices(place))], block) for place in PLACES]
-    rest = pictures[:, around].reshape(len(pictures), -1)
-    own = np.stack([np.einsum("nv,nv->n", cell, cell) for cell in cells], 1)
-    return [*cells, rest / np.float32(block), own]  # divided, a pixel weighs as much as one of a block
+    return [*cells, np.stack([np.einsum("nv,nv->n", cell, cell) for cell in cells], 1)]
 
 
 def _flat(cells: np.ndarray, block: int) -> np.ndarray:
-    """Returns cells [N, 20, 20, 3] averaged over blocks, as float32 [N, values]."""
+    """Returns cells [N, 16, 16, 3] averaged over blocks, as float32 [N, values]."""
     side = CELL // block
     blocks = cells.reshape(len(cells), side, block, side, block, 3).mean((2, 4), dtype=np.float32)
     return blocks.reshape(len(cells), -1)

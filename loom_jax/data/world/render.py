@@ -14,10 +14,12 @@ from loom_jax.data.world.scene import PLACES, Scene, Thing
 
 SIDE = 64
 """Pixels of a side of a picture."""
-CELL = 20
-"""Pixels of a side of the cell that a thing may fill."""
-STARTS = (1, 22, 43)
-"""Where the cells begin, down and across; one pixel around the cells shows the background alone."""
+CELL = 16
+"""Pixels of a side of the cell that a thing may fill; the cells fill the picture.
+
+Patterns repeat every CELL pixels, or a divisor of it: where a latent token and a ViT patch show one cell, a thing is
+the same to a model wherever it stands.
+"""
 
 RGB = {
     "red": (214, 40, 46),
@@ -27,7 +29,7 @@ RGB = {
     "blue": (40, 88, 212),
     "purple": (134, 60, 172),
 }
-RADIUS = {"large": 9.2, "small": 6.0}
+RADIUS = {"large": 7.3, "small": 5.0}
 INK = np.asarray((44, 42, 52), np.float32)
 NIGHT = np.asarray((14, 20, 54), np.float32)
 STROKE = 1.2
@@ -38,8 +40,8 @@ _FINE = 16
 
 def cell_slices(place: str) -> tuple[slice, slice]:
     """Returns the rows and columns of the cell of a place."""
-    row, column = divmod(PLACES.index(place), 3)
-    return slice(STARTS[row], STARTS[row] + CELL), slice(STARTS[column], STARTS[column] + CELL)
+    row, column = divmod(PLACES.index(place), SIDE // CELL)
+    return slice(row * CELL, (row + 1) * CELL), slice(column * CELL, (column + 1) * CELL)
 
 
 def render(scenes: Sequence[Scene]) -> np.ndarray:
@@ -55,12 +57,12 @@ def render(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def sprite(style: str, thing: Thing) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how a thing covers its cell: opacity, float32 [20, 20, 1], and colour times opacity, [20, 20, 3]."""
-    return _sprite(style, thing.shape, thing.colour, thing.size, PLACES.index(thing.place) if style == "stripes" else 0)
+    """Returns how a thing covers its cell: opacity, float32 [16, 16, 1], and colour times opacity, [16, 16, 3]."""
+    return _sprite(style, thing.shape, thing.colour, thing.size)
 
 
 @functools.cache
-def _sprite(style: str, shape: str, colour: str, size: str, place: int) -> tuple[np.ndarray, np.ndarray]:
+def _sprite(style: str, shape: str, colour: str, size: str) -> tuple[np.ndarray, np.ndarray]:
     whole, inner = _masks(shape, size)
     fill = np.asarray(RGB[colour], np.float32) * np.ones((CELL, CELL, 3), np.float32)
     if style == "pastel":
@@ -68,7 +70,7 @@ def _sprite(style: str, shape: str, colour: str, size: str, place: int) -> tuple
     elif style == "night":
         fill = _towards(fill, NIGHT, 0.15)
     elif style == "stripes":
-        fill = np.where(_hatch()[cell_slices(PLACES[place])], fill, _towards(fill, 255, 0.5))
+        fill = np.where(_hatch()[:CELL, :CELL], fill, _towards(fill, 255, 0.5))
     if style == "outline":
         return whole, fill * inner + INK * (whole - inner)
     return whole, fill * whole
@@ -76,7 +78,7 @@ def _sprite(style: str, shape: str, colour: str, size: str, place: int) -> tuple
 
 @functools.cache
 def _masks(shape: str, size: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the opacity of a shape and of what an outline leaves of it, float32 [20, 20, 1] each."""
+    """Returns the opacity of a shape and of what an outline leaves of it, float32 [16, 16, 1] each."""
     fine = PILImage.new("L", (CELL * _FINE, CELL * _FINE))
     _draw_shape(ImageDraw.Draw(fine), shape, CELL * _FINE / 2, RADIUS[size] * _FINE)
     inner = fine
@@ -119,7 +121,7 @@ def background(style: str, name: str) -> np.ndarray:
     if style == "pastel":
         picture = _towards(picture, 255, 0.5)
     elif style == "night":
-        picture = _towards(picture * np.asarray((0.7, 0.85, 1.0), np.float32), NIGHT, 0.72)
+        picture = _towards(picture * np.asarray((0.7, 0.85, 1.0), np.float32), NIGHT, 0.6)
     elif style == "stripes":
         picture = np.where(_hatch(), picture, _towards(picture, 255, 0.4))
         picture = picture - 8
@@ -134,10 +136,10 @@ def background(style: str, name: str) -> np.ndarray:
 def _ground(name: str) -> np.ndarray:
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
     if name == "meadow":
-        tufts = np.maximum(0, np.sin(x * math.pi / 4 + 0.9 * np.floor(y / 8)) * np.sin(y * math.pi / 8)) ** 3
+        tufts = np.maximum(0, np.sin(x * math.pi / 4 + math.pi / 2 * np.floor(y / 8)) * np.sin(y * math.pi / 8)) ** 3
         return _blend((208, 234, 176), (150, 204, 128), tufts)
     if name == "beach":
-        ripples = 0.5 + 0.5 * np.sin(0.42 * y + 1.1 * np.sin(0.16 * x))
+        ripples = 0.5 + 0.5 * np.sin(2 * math.pi / CELL * y + 1.1 * np.sin(2 * math.pi / CELL * x))
         return _blend((250, 236, 202), (236, 212, 162), ripples)
     if name == "sky":
         sky = _blend((166, 208, 248), (226, 241, 253), y / SIDE)
@@ -145,7 +147,7 @@ def _ground(name: str) -> np.ndarray:
         white = np.maximum.reduce([1 - ((x - a) / w) ** 2 - ((y - b) / h) ** 2 for a, b, w, h in clouds])
         return _blend(sky, (255, 255, 255), np.clip(2.5 * white, 0, 0.85))
     if name == "sea":
-        waves = np.maximum(0, np.sin(0.6 * y + 0.9 * np.sin(0.4 * x))) ** 4
+        waves = np.maximum(0, np.sin(4 * math.pi / CELL * y + 0.9 * np.sin(2 * math.pi / CELL * x))) ** 4
         return _blend((142, 212, 214), (204, 240, 238), waves)
     if name == "dusk":
         return _blend((252, 208, 186), (206, 182, 228), y / SIDE)
@@ -155,7 +157,7 @@ def _ground(name: str) -> np.ndarray:
 def _hatch() -> np.ndarray:
     """Diagonal stripes, bool [64, 64, 1]."""
     y, x = np.mgrid[:SIDE, :SIDE]
-    return ((x + y) // 3 % 2 == 0)[..., None]
+    return ((x + y) // 4 % 2 == 0)[..., None]
 
 
 def _blend(first: np.ndarray | Sequence[float], second: Sequence[float], share: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The tutorial world: scenes of simple things on a grid of nine places, and the steps that change them.
+"""The tutorial world: scenes of simple things on a grid of sixteen places, and the steps that change them.
 
 A scene is a background and at most one thing a place; a picture shows a scene in a style. Some combinations of shape,
 colour and place are held out: no picture of the training split ever shows one.
@@ -18,8 +18,10 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SIZES = ("large", "small")
 """In the order in which a plan draws them."""
-PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-"""In reading order, three a row; the order in which a plan draws things of one size."""
+ROWS = ("top", "upper", "lower", "bottom")
+COLUMNS = ("far left", "left", "right", "far right")
+PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
+"""In reading order, four a row; the order in which a plan draws things of one size."""
 PAPER = "paper"
 """The background of an empty sheet."""
 BACKGROUNDS = (PAPER, "meadow", "beach", "sky", "sea", "dusk")

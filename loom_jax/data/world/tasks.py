@@ -40,6 +40,8 @@ ELEMENTS: dict[Split, tuple[int, int]] = {"train": (2, 6), "test": (2, 4), "long
 """Of a decomposition: in training as long as anywhere, so that every time token is learned."""
 THINGS: dict[Split, tuple[int, int]] = {"train": (1, 3), "test": (1, 3), "long": (4, 5)}
 """Things in the picture that a composition or a style begins with."""
+ABOVE, BELOW = "top left", "bottom left"
+"""Where the things go that dress a picture."""
 HELD_OUT = 0.6
 """Chance of a thing outside training to be a held-out combination; one in each example is for certain."""
 _GROUNDS = tuple(name for name in BACKGROUNDS if name != PAPER)
@@ -239,13 +241,16 @@ def _put_on_ground(rng: np.random.Generator, split: Split) -> Example:
 
 
 def _dress(rng: np.random.Generator, split: Split) -> Example:
-    """Two things, above and below in a picture whose middle column is free there."""
-    places = [place for place in PLACES if place not in ("top", "bottom")]
+    """Two things, above and below in a picture that is free there."""
+    places = [place for place in PLACES if place not in (ABOVE, BELOW)]
     things = _things(rng, split, _between(rng, THINGS[split]), places)
     model = Scene(language.pick(rng, _GROUNDS), frozenset(things))
-    upper = _thing(rng, split, "top", things)
-    lower = _thing(rng, split, "bottom", [*things, upper])
-    shown = [Scene(PAPER, frozenset({dataclasses.replace(t, place="middle")})) for t in (upper, lower)]
+    upper = _thing(rng, split, ABOVE, things)
+    lower = _thing(rng, split, BELOW, [*things, upper])
+    shown = [
+        Scene(PAPER, frozenset({dataclasses.replace(thing, place=language.pick(rng, PLACES))}))
+        for thing in (upper, lower)
+    ]
     conditions = _shuffled(rng, ("<model>", model), ("<upper>", shown[0]), ("<lower>", shown[1]))
     target = apply(apply(model, Add(upper)), Add(lower))
     return Example("composition", language.pick(rng, language.DRESSINGS), conditions, (), (target,), base=model)
