@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
         "batch": 16,
         "side": 64,
     }
-    config.total_steps = 3000
+    config.total_steps = 3600
     config.kl_weight = 4e-4  # as for a pixel noise of 0.05 in [-1, 1]
     config.edge_weight = 1.0  # or the stripes of a style are lost
     config.optimizer = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 100, "b2": 0.99, "eps": 1e-8}

@@ -25,9 +25,10 @@ from loom_jax.configs import world_autoencoder
 WEIGHTS = {
     "tutorial": 2.0,
     "tutorial_frames": 2.0,
-    "tutorial_plan": 6.0,
+    "tutorial_plan": 5.0,
     "image_tutorial": 1.0,
     "image_tutorial_frames": 1.0,
+    "image_tutorial_plan": 1.0,
     "decomposition": 1.0,
     "decomposition_frames": 1.0,
     "composition": 5.0,
@@ -91,14 +92,15 @@ def _second() -> ml_collections.ConfigDict:
         "interpolate_pos": False,
     }
     config.tokenizer = "world"
-    config.total_steps = 6_000
+    config.total_steps = 4_000
     config.frozen = ()
     config.remat = "dots"
-    config.optimizer = {"learning_rate": 1.5e-3, "schedule": "cosine", "warmup_steps": 200, "b2": 0.98, "eps": 1e-8}
+    config.optimizer = {"name": "muon", "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "b2": 0.98}
+    config.optimizer["eps"] = 1e-8
     config.ema = {"decay": 0.998}
     config.save = {"every": 250, "keep_last": 2}
     config.watch = {"log_every": 10, "held_out_every": 500, "held_out_batches": 4}
-    config.data = _data(WEIGHTS, und=768, gen=640, vit=160, pictures=15)
+    config.data = _data(WEIGHTS, und=896, gen=640, vit=160, pictures=15)
     config.held_out = _held_out(config.data)
     return config
 
@@ -118,8 +120,19 @@ def _held_out(data: ml_collections.ConfigDict) -> dict:
 
 
 def mixture(weights: dict[str, float]) -> list[dict]:
-    """Returns the entries of a mixture of recipes of the world; every picture to be generated stands four times."""
+    """Returns the entries of a mixture of recipes of the world.
+
+    Every picture to be generated stands four times. Documents that end with their plan are as long as the longest of
+    the requests that are held out: how long a plan may be is not guessed from shorter ones.
+    """
     return [
-        {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4}
+        {
+            "name": name,
+            "source": "world",
+            "recipe": name,
+            "weight": weight,
+            "noisy_copies": 4,
+            "paths": ("train_long",) if name.endswith("_plan") else (),
+        }
         for name, weight in weights.items()
     ]

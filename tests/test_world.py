@@ -11,6 +11,7 @@ from loom_jax.data import RECIPES, make_pipeline, open_source
 from loom_jax.data.world import (
     BACKGROUNDS,
     COLOURS,
+    HELD_OUT_SPLITS,
     PLACES,
     SHAPES,
     SIDE,
@@ -107,7 +108,7 @@ def test_examples_hold_together(task, split):
             assert token is None or token in example.instruction
         if example.steps:
             assert tuple(follow(example.steps, task == "decomposition")) == example.frames
-            assert 5 <= len(example.steps) <= 6 if split == "long" else 2 <= len(example.steps) <= 6
+            assert (5 if split == "long" else 2) <= len(example.steps) <= 6
         else:
             assert len(example.frames) == 1
         if example.base is not None:
@@ -141,8 +142,9 @@ def test_an_instruction_leaves_the_order_to_the_plan():
     assert 0 < sum(orders) < len(orders) / 2
 
 
-def test_training_never_shows_what_is_held_out():
-    seen = {thing for example in examples("train", 150) for scene in example.scenes for thing in scene.things}
+@pytest.mark.parametrize("split", ["train", "train_long"])
+def test_training_never_shows_what_is_held_out(split):
+    seen = {thing for example in examples(split, 150) for scene in example.scenes for thing in scene.things}
     assert not any(thing.held_out for thing in seen)
     pairs = [("colour", "shape"), ("colour", "place"), ("shape", "place")]
     for first, second in pairs:
@@ -151,7 +153,7 @@ def test_training_never_shows_what_is_held_out():
         assert len(shown) == sizes[first] * sizes[second], f"not every {first} was seen with every {second}"
 
 
-@pytest.mark.parametrize("split", SPLITS[1:])
+@pytest.mark.parametrize("split", HELD_OUT_SPLITS)
 def test_tests_always_show_something_held_out(split):
     for example in examples(split, 30):
         assert any(thing.held_out for scene in example.frames for thing in scene.things)
@@ -169,7 +171,8 @@ def test_long_sequences_are_half_as_long_again():
         for split in SPLITS
     }
     for task in ("tutorial", "image_tutorial"):
-        assert longest[task, "train"] == longest[task, "test"] == 4 and longest[task, "long"] == 6
+        assert longest[task, "train"] == longest[task, "test"] == 4
+        assert longest[task, "long"] == longest[task, "train_long"] == 6
 
 
 def test_pictures_show_scenes():

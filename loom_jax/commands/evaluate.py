@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAME = "loom evaluate"
 SUITES = ("world", "judge")
 TASKS = ("tutorial", "image_tutorial", "composition", "decomposition", "style")
-SPLITS = ("train", "test", "long")
+SPLITS = ("test", "long", "train", "train_long")
 PARTS = ("planning", "time_tokens", "entity_tokens")
 FOR_JUDGE = ("work", "judge", "judge_url", "judge_model")
 EPILOG = """examples:
@@ -132,7 +132,7 @@ def _suite(args: argparse.Namespace) -> WorldSuite:
     from loom_jax.document import HistoryPolicy, Method
     from loom_jax.evaluate import WorldSuite
 
-    chosen = {"tasks": tuple(args.task or TASKS), "splits": tuple(args.split or SPLITS[1:])}
+    chosen = {"tasks": tuple(args.task or TASKS), "splits": tuple(args.split or SPLITS[:2])}
     history = None if args.history is None else HistoryPolicy.parse(args.history)
     method = Method(**dict.fromkeys(args.without or (), False))
     return WorldSuite(**chosen, count=args.count, seed=args.seed, plan=args.plan, history=history, method=method)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from loom_jax.core import ConfigError
-from loom_jax.data.world import SIDE, SPLITS, TASKS, Example, Split, WorldTask, draw_example, render
+from loom_jax.data.world import HELD_OUT_SPLITS, SIDE, SPLITS, TASKS, Example, Split, WorldTask, draw_example, render
 from loom_jax.document import HistoryPolicy, InterleavedTask, Method, to_rgb
 from loom_jax.evaluate.metrics import Outcome
 from loom_jax.generate import Event, FrameMade, InterleavedRequest, PlanWritten, RequestFailed
@@ -48,7 +48,7 @@ class WorldSuite:
     """
 
     tasks: tuple[WorldTask, ...] = TASKS
-    splits: tuple[Split, ...] = SPLITS[1:]
+    splits: tuple[Split, ...] = HELD_OUT_SPLITS
     count: int = 50
     seed: int = 1000
     plan: Literal["written", "given"] = "written"

@@ -16,17 +16,18 @@ class OptimizerConfig:
     """The optimizer and its schedule; defaults are the original's (spec section 9), but for the fine-tuning rate.
 
     Attributes:
-      name: `adamw`, or `adafactor` as the lean choice.
+      name: `adamw`, or `adafactor` as the lean choice, or `muon`, which takes fewer steps from nothing: matrices of
+        layers are orthogonalised (momentum 0.95), the rest is as with AdamW, and so are the rates.
       schedule: `constant` or `cosine`, both after a linear warm-up whose first step has rate 0.
       min_learning_rate: where cosine ends.
       decay_steps: at which step cosine ends; `total_steps` by default. More of them stop a run before its rate has
         fallen, for another to go on from its weights.
       weight_decay: of matrices alone; norms, biases and position tables never decay.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
-      moment_dtype: in which AdamW keeps its moments between steps.
+      moment_dtype: in which AdamW keeps its moments between steps; Muon its first ones.
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 2e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 2000

@@ -1,7 +1,8 @@
-"""The optimizer: schedules, AdamW with the original's settings, Adafactor, moments and masters in bfloat16."""
+"""The optimizer: schedules, AdamW with the original's settings, Adafactor, Muon, moments and masters in bfloat16."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,12 @@ from loom_jax.train.config import OptimizerConfig
 
 NO_DECAY = ("scale", "bias", "table", "embedding")
 """Last names of parameters that never decay: norms, biases, tables."""
+MATRICES = (
+    (re.compile(r"(.*/)?layers/(.*/)?[qkv]_proj/kernel"), ((1,), (2, 3))),
+    (re.compile(r"(.*/)?layers/(.*/)?(o_proj|out_proj)/kernel"), ((1, 2), (3,))),
+    (re.compile(r"(.*/)?layers/(.*/)?(gate_proj|up_proj|down_proj|fc1|fc2)/kernel"), ((1,), (2,))),
+)
+"""Paths of kernels [L, in..., out...] of layers, which Muon treats as matrices, all heads as one: input, output axes."""
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -43,6 +50,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         parts.append(
             optax.adafactor(rate, weight_decay_rate=decay, weight_decay_mask=mask, multiply_by_parameter_scale=False)
         )
+    elif config.name == "muon":
+        parts.append(_by_path(_muon(config, rate)))
     else:
         adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
         parts.append(keep_state_in(adam, jnp.dtype(config.moment_dtype)))
@@ -50,6 +59,47 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
         parts.append(optax.scale_by_learning_rate(rate))
     return optax.chain(*parts)
+
+
+def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for the matrices of layers, Adam for the rest, over {path: leaf}. Scaled so that rates are as for Adam.
+
+    Source: Liu et al., Muon is Scalable for LLM Training (2025), section 2.2.
+    """
+
+    def axes(params: Any) -> Any:
+        return {path: _matrix_axes(path) for path in params}
+
+    return optax.contrib.muon(
+        rate,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mu_dtype=jnp.dtype(config.moment_dtype),
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=axes,
+        consistent_rms=0.2,
+    )
+
+
+def _matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
+    axes = next((axes for pattern, axes in MATRICES if pattern.fullmatch(path)), None)
+    return None if axes is None else optax.contrib.MuonDimensionNumbers(*axes)
+
+
+def _by_path(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Hands `inner` a dict of path -> leaf in place of a tree of modules."""
+
+    def init(params: Any) -> Any:
+        return inner.init(flatten_params(params)[0])
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves, structure = flatten_params(updates)
+        new: Any
+        new, state = inner.update(leaves, state, None if params is None else flatten_params(params)[0])
+        return structure.unflatten([new[path] for path in leaves]), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def decay_mask(params: Any) -> Any:

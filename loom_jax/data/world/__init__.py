@@ -7,6 +7,7 @@ from loom_jax.data.world.rows import WorldRows, encode_png, open_world, to_row
 from loom_jax.data.world.scene import (
     BACKGROUNDS,
     COLOURS,
+    HELD_OUT_SPLITS,
     PAPER,
     PLACES,
     SHAPES,
@@ -31,6 +32,7 @@ from loom_jax.data.world.words import build_tokenizer, vocabulary
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "HELD_OUT_SPLITS",
     "PAPER",
     "PLACES",
     "SHAPES",

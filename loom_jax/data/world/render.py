@@ -32,7 +32,7 @@ RGB = {
 RADIUS = {"large": 7.3, "small": 5.0}
 INK = np.asarray((44, 42, 52), np.float32)
 NIGHT = np.asarray((14, 20, 54), np.float32)
-STROKE = 1.2
+STROKE = 0.8
 """Width of an outline in pixels."""
 _FINE = 16
 """Samples a pixel, down and across, that anti-aliasing takes the mean of."""
@@ -68,7 +68,7 @@ def _sprite(style: str, shape: str, colour: str, size: str) -> tuple[np.ndarray,
     if style == "pastel":
         fill = _towards(fill, 255, 0.5)
     elif style == "night":
-        fill = _towards(fill, NIGHT, 0.15)
+        fill = _towards(fill, 255, 0.15)
     elif style == "stripes":
         fill = np.where(_hatch()[:CELL, :CELL], fill, _towards(fill, 255, 0.5))
     if style == "outline":

@@ -30,7 +30,7 @@ class WorldRows:
 
     Args:
       task: the name of a task, which is that of its recipe too.
-      split: `train`, or a held-out one.
+      split: one for training, or a held-out one.
       seed: of all examples.
 
     Raises:

@@ -11,8 +11,10 @@ from typing import Literal
 
 from loom_jax.core import InputError
 
-Split = Literal["train", "test", "long"]
-SPLITS: tuple[Split, ...] = ("train", "test", "long")
+Split = Literal["train", "test", "long", "train_long"]
+SPLITS: tuple[Split, ...] = ("train", "test", "long", "train_long")
+HELD_OUT_SPLITS: tuple[Split, ...] = ("test", "long")
+"""Those that show combinations that are held out. `long` is longer than `train`; `train_long` is as long, for plans."""
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")

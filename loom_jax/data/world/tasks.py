@@ -13,6 +13,7 @@ from loom_jax.data.world import language
 from loom_jax.data.world.scene import (
     BACKGROUNDS,
     COLOURS,
+    HELD_OUT_SPLITS,
     PAPER,
     PLACES,
     SHAPES,
@@ -34,11 +35,11 @@ from loom_jax.data.world.scene import (
 WorldTask = Literal["tutorial", "image_tutorial", "composition", "decomposition", "style"]
 TASKS: tuple[WorldTask, ...] = ("tutorial", "image_tutorial", "composition", "decomposition", "style")
 
-TURNS: dict[Split, tuple[int, int]] = {"train": (2, 4), "test": (2, 4), "long": (5, 6)}
+TURNS: dict[Split, tuple[int, int]] = {"train": (2, 4), "test": (2, 4), "long": (5, 6), "train_long": (2, 6)}
 """Fewest and most frames of a tutorial."""
-ELEMENTS: dict[Split, tuple[int, int]] = {"train": (2, 6), "test": (2, 4), "long": (5, 6)}
+ELEMENTS: dict[Split, tuple[int, int]] = {"train": (2, 6), "test": (2, 4), "long": (5, 6), "train_long": (2, 6)}
 """Of a decomposition: in training as long as anywhere, so that every time token is learned."""
-THINGS: dict[Split, tuple[int, int]] = {"train": (1, 3), "test": (1, 3), "long": (4, 5)}
+THINGS: dict[Split, tuple[int, int]] = {"train": (1, 3), "test": (1, 3), "long": (4, 5), "train_long": (1, 5)}
 """Things in the picture that a composition or a style begins with."""
 ABOVE, BELOW = "top left", "bottom left"
 """Where the things go that dress a picture."""
@@ -81,8 +82,8 @@ class Example:
 def draw_example(task: WorldTask, split: Split, seed: int, index: int) -> Example:
     """Returns an example; the same arguments give the same one.
 
-    Examples of `train` show no held-out combination; those of `test` and `long` show at least one among the pictures to
-    be made. Those of `long` are longer, or fuller, than those of `train` and `test`.
+    Examples of `train` and `train_long` show no held-out combination; those of `test` and `long` show at least one among
+    the pictures to be made. Those of `long` are longer, or fuller, than those of `train` and `test`.
 
     Raises:
       InputError: there is no such task or split.
@@ -95,9 +96,7 @@ def draw_example(task: WorldTask, split: Split, seed: int, index: int) -> Exampl
     while True:
         example = _DRAW[task](rng, split)
         held_out = [any(thing.held_out for thing in scene.things) for scene in example.scenes]
-        if split == "train" and not any(held_out):
-            return example
-        if split != "train" and any(held_out[len(example.conditions) :]):
+        if any(held_out[len(example.conditions) :]) if split in HELD_OUT_SPLITS else not any(held_out):
             return example
 
 
@@ -126,7 +125,7 @@ def _between(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
 
 def _thing(rng: np.random.Generator, split: Split, place: str, others: Sequence[Thing]) -> Thing:
     """Draws a thing for a place; no two things of a scene share both colour and shape, so that these name them."""
-    wants_held_out = split != "train" and rng.random() < HELD_OUT
+    wants_held_out = split in HELD_OUT_SPLITS and rng.random() < HELD_OUT
     taken = {(thing.colour, thing.shape) for thing in others}
     while True:
         colour, shape = language.pick(rng, tuple(COLOURS)), language.pick(rng, SHAPES)
