@@ -31,14 +31,12 @@ WEIGHTS = {"tutorial": 2.0, "tutorial_frames": 2.0, "tutorial_plan": 8.0, "compo
 
 def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
     """Returns the recipe for a key of VARIANTS; the keys are those of loom_jax.train.TrainConfig."""
-    config = world_tiny.get_config()
+    config = world_tiny.get_config("second")
     config.model.decoder.update(
         {"hidden_size": 128, "intermediate_size": 384, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
     )
     config.model.vit.update({"hidden_size": 64, "intermediate_size": 160, "num_layers": 2, "num_heads": 2})
-    config.model.timestep_shift = 4.0  # as in the second stage of world_tiny
     config.total_steps = 1500
-    config.optimizer.decay_steps = None
     config.save = {"every": 250, "keep_last": 1}
     config.watch = {"log_every": 25}
     config.held_out = None

@@ -98,7 +98,7 @@ def test_only_matrices_decay():
     assert not any(jax.tree.leaves(decay_mask(stacked)))  # of stacked layers too, though they have two dimensions
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_a_parameter_without_gradient_does_not_move(name):
     config = dataclasses.replace(PLAIN, name=name, weight_decay=0.0)
     optimizer, params = make_optimizer(config, 10), tree(1.0, 0)
@@ -141,6 +141,32 @@ def test_adafactor_keeps_far_fewer_numbers():
         for name in ("adamw", "adafactor")
     ]
     assert sizes[1] < sizes[0] / 20
+
+
+def test_muon_moves_matrices_of_layers_equally_in_all_directions():
+    """Singular values of its first update are near one, times what makes its size that of Adam's; layers stand alone."""
+    shapes = {"q_proj": (2, 12, 3, 5), "o_proj": (2, 3, 5, 12), "down_proj": (2, 7, 12)}
+    rng = np.random.default_rng(0)
+    # Of layer 0 much larger than of layer 1, and along one direction far larger than along the others.
+    grads = {
+        name: {"kernel": rng.standard_normal(shape) * np.arange(1, shape[-1] + 1) ** 2 * [[[100]], [[1]]]}
+        if len(shape) == 3
+        else {"kernel": rng.standard_normal(shape) * np.arange(1, shape[-1] + 1) ** 2}
+        for name, shape in shapes.items()
+    }
+    params = {"decoder": {"layers": {"und": grads}}, "lm_head": {"kernel": rng.standard_normal((12, 9))}}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=0, clip_norm=0.0, eps=1e-8)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    for name, inputs in (("q_proj", 12), ("o_proj", 15), ("down_proj", 7)):
+        for layer in updates["decoder"]["layers"]["und"][name]["kernel"]:
+            matrix = np.asarray(layer).reshape(inputs, -1)
+            values = np.linalg.svd(matrix, compute_uv=False) / (1e-2 * 0.2 * max(matrix.shape) ** 0.5)
+            assert values.min() > 0.5 and values.max() < 1.4, (name, values)
+    sizes = np.abs(updates["lm_head"]["kernel"])  # of Adam's first step, with Nesterov's momentum
+    np.testing.assert_allclose(sizes, sizes.mean(), rtol=1e-3)
+    assert 1e-2 < sizes.mean() < 2e-2
 
 
 def test_schedules():
@@ -218,7 +244,7 @@ def test_the_first_state_holds_an_average_only_where_it_is_on():
     [
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
         (OptimizerConfig, {"clip_norm": -1.0}, "clip_norm=-1.0"),
-        (OptimizerConfig, {"name": "sgd"}, "'sgd' is not one of 'adamw', 'adafactor'"),
+        (OptimizerConfig, {"name": "sgd"}, "'sgd' is not one of 'adamw', 'adafactor', 'muon'"),
         (EmaConfig, {"decay": 1.0}, "ema.decay=1.0"),
         (LossConfig, {"vocab_chunk": 0}, "vocab_chunk=0: must be at least 1"),
         (WatchConfig, {"log_every": 0}, "watch.log_every=0: must be at least 1"),

@@ -17,7 +17,8 @@ class OptimizerConfig:
 
     Attributes:
       name: `adamw`, or `adafactor` as the lean choice, or `muon`, which takes fewer steps from nothing: matrices of
-        layers are orthogonalised (momentum 0.95), the rest is as with AdamW, and so are the rates.
+        layers are orthogonalised (momentum 0.95), the rest goes by Adam, both with Nesterov's momentum; rates are as for
+        AdamW.
       schedule: `constant` or `cosine`, both after a linear warm-up whose first step has rate 0.
       min_learning_rate: where cosine ends.
       decay_steps: at which step cosine ends; `total_steps` by default. More of them stop a run before its rate has

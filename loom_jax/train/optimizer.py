@@ -62,7 +62,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for the matrices of layers, Adam for the rest, over {path: leaf}. Scaled so that rates are as for Adam.
+    """Muon for the matrices of layers, Nesterov's Adam for the rest, over {path: leaf}. Scaled so that rates are as for Adam.
 
     Source: Liu et al., Muon is Scalable for LLM Training (2025), section 2.2.
     """
