@@ -23,6 +23,7 @@ BENCHMARKS = {
     "sampling": "guided pictures in one batched loop, against one branch and one request at a time",
     "training": "a step against the dense mask and both experts on every token; the input pipeline against the step",
     "cpu_step": "a training step and a picture on a CPU, beside the floor and the PyTorch original",
+    "compilation": "seconds to compile the step, by the number of layers",
     "packing": "how full packed rows are",
     "interleave": "the cost of a frame by its turn and the history that it sees",
     "precision": "bfloat16, int8 weights and TaylorSeer against float32",

@@ -1,10 +1,10 @@
 """A small Loom that works: trained from nothing on the tutorial world, its small ViT with it.
 
 Command: loom train --config configs/world_autoencoder.py --workdir runs/world_autoencoder
-         loom train --config configs/world_tiny.py --workdir runs/world_first --config.vae_from=runs/world_autoencoder
+         loom train --config configs/world_tiny.py --workdir runs/world_first
          loom convert from-run runs/world_first runs/world_first_model
          loom train --config configs/world_tiny.py:second --workdir runs/world_tiny \\
-             --config.init_from=runs/world_first_model
+             --config.init_from=runs/world_first_model --config.vae_from=runs/world_autoencoder
 Data: all five tasks of the tutorial world, drawn as they are needed; no combination that is held out is ever shown.
 Hardware: any CPU, hours on two cores, in float32; one GPU, minutes. It goes on where it was stopped. With two devices
 on a CPU of two cores a step takes less time: XLA_FLAGS=--xla_force_host_platform_device_count=2 before the command, and
@@ -14,7 +14,7 @@ Expect: docs/world.md.
 The first stage has no pictures: the rule of a plan takes many documents to learn, and they are short. In the second
 every picture to be generated stands four times in its document, with noise of its own: what is given is read once for
 all of them. Decompositions, compositions and styles have no history; tutorials show up to three earlier frames. Half of
-the planned rows give the plan instead of learning it, because without it they can be dropped, as guidance needs it. With
+the planned rows give the plan instead of learning it: without it they can be dropped, as guidance needs it. With
 a shift of 1 one draw in 24 has t > 0.85, with 4 one in 3, and it is near noise that what a thing is should be decided.
 """
 
@@ -92,7 +92,7 @@ def _second() -> ml_collections.ConfigDict:
         "interpolate_pos": False,
     }
     config.tokenizer = "world"
-    config.total_steps = 2_800
+    config.total_steps = 2_600
     config.frozen = ()
     config.remat = "dots"
     config.optimizer = {"name": "muon", "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "b2": 0.98}

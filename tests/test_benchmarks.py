@@ -35,6 +35,7 @@ def test_an_unknown_benchmark_is_named(capsys):
     [
         ("accelerator", "work"),
         ("attention", "backend"),
+        ("compilation", "layers"),
         ("packing", "data"),
         ("sampling", "way"),
         ("training", "what"),

@@ -144,7 +144,7 @@ def test_adafactor_keeps_far_fewer_numbers():
 
 
 def test_muon_moves_matrices_of_layers_equally_in_all_directions():
-    """Singular values of its first update are near one, times what makes its size that of Adam's; layers stand alone."""
+    """Singular values of its first update are near one, times what makes it as large as Adam's; layers stand alone."""
     shapes = {"q_proj": (2, 12, 3, 5), "o_proj": (2, 3, 5, 12), "down_proj": (2, 7, 12)}
     rng = np.random.default_rng(0)
     # Of layer 0 much larger than of layer 1, and along one direction far larger than along the others.

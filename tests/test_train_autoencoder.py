@@ -1,13 +1,14 @@
 """Training an autoencoder by a recipe of its own, and a model on top of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loom_jax.cli import main
-from loom_jax.core import ConfigError, InputError
+from loom_jax.core import CheckpointError, ConfigError, InputError
 from loom_jax.data import MixtureEntry, Pictures, PicturesConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -107,6 +108,17 @@ class TestModelOnTop:
         config = self.config(finished, read_config, read_recipe, "model.vae.z_channels=5")
         with pytest.raises(InputError, match=r"model\.vae is"):
             build_job(config)
+
+    def test_a_run_goes_on_with_the_autoencoder_that_it_was_begun_with(self, finished, tmp_path):
+        from loom_jax.commands.train import read_config, read_recipe
+        from loom_jax.train import train as train_model
+
+        short = ["total_steps=1", "data.rows=1", "held_out=None", "watch.held_out_every=0"]
+        config = self.config(finished, read_config, read_recipe, *short)
+        train_model(config, tmp_path / "run")
+        other = self.config(shutil.copytree(finished, tmp_path / "other"), read_config, read_recipe, *short)
+        with pytest.raises(CheckpointError, match="was begun with vae_from"):
+            train_model(other, tmp_path / "run")
 
     def test_an_unfinished_run_is_refused(self, tmp_path):
         from loom_jax.commands.train import read_config, read_recipe

@@ -16,9 +16,9 @@ class OptimizerConfig:
     """The optimizer and its schedule; defaults are the original's (spec section 9), but for the fine-tuning rate.
 
     Attributes:
-      name: `adamw`, or `adafactor` as the lean choice, or `muon`, which takes fewer steps from nothing: matrices of
-        layers are orthogonalised (momentum 0.95), the rest goes by Adam, both with Nesterov's momentum; rates are as for
-        AdamW.
+      name: `adamw`, or `adafactor` as the lean choice, or `muon`, which takes fewer steps from nothing: matrices
+        of layers are orthogonalised (momentum 0.95), the rest goes by Adam, both with Nesterov's momentum; rates are as
+        for AdamW.
       schedule: `constant` or `cosine`, both after a linear warm-up whose first step has rate 0.
       min_learning_rate: where cosine ends.
       decay_steps: at which step cosine ends; `total_steps` by default. More of them stop a run before its rate has
@@ -156,8 +156,8 @@ class TrainConfig:
       model: sizes of the networks; must equal those of `init_from`.
       held_out: rows that are never trained on, for watch.held_out_every.
       init_from: converted folder to start from; without one all weights are drawn from `seed`.
-      vae_from: folder of a finished run of an autoencoder (loom_jax.train.AutoencoderTrainConfig), for a job that
-        starts from nothing; without one the autoencoder is drawn too, and what the model learns to draw means nothing.
+      vae_from: folder of a finished run of an autoencoder (loom_jax.train.AutoencoderTrainConfig). Without one it is
+        that of `init_from`; a job that starts from nothing draws it, and what the model learns to draw means nothing.
       tokenizer: of a job that starts from nothing: one token for each byte, or for each word of the tutorial world.
       frozen: patterns of parameter paths that are not trained (`vit/*`).
       freeze_und: the original's flag: gradients of und activations are cut.
@@ -194,8 +194,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.microbatches < 1 or self.total_steps < 1:
             raise ConfigError(f"microbatches={self.microbatches}, total_steps={self.total_steps}: must be at least 1")
-        if self.init_from is not None and self.vae_from is not None:
-            raise ConfigError(f"init_from={self.init_from!r} brings its autoencoder: leave vae_from out")
         if len(self.mesh.axes) != len(self.mesh.sizes):
             raise ConfigError(f"mesh.axes={self.mesh.axes} and mesh.sizes={self.mesh.sizes}: must be equally many")
         if self.watch.held_out_every and self.held_out is None:

@@ -256,12 +256,12 @@ def _new_autoencoder(config: TrainConfig) -> Autoencoder:
 
 
 def _autoencoder(config: TrainConfig, source: ModelFolder | None, abstract: Any, mesh: Mesh) -> Any:
-    """Returns the parameters of the frozen autoencoder, on the mesh."""
-    if source is not None:
-        return restore_component(source, "vae", abstract, mesh=mesh, preset=config.mesh.preset, dtype=jnp.float32)
+    """Returns the parameters of the frozen autoencoder, on the mesh: those of `vae_from` before those of the source."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     if config.vae_from is not None:
         return restore_autoencoder(Path(config.vae_from), config.model.vae, abstract, shardings)
+    if source is not None:
+        return restore_component(source, "vae", abstract, mesh=mesh, preset=config.mesh.preset, dtype=jnp.float32)
     return jax.jit(lambda: nnx.split(_new_autoencoder(config), nnx.Param)[1], out_shardings=shardings)()
 
 

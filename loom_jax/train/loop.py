@@ -14,7 +14,7 @@ import jax
 
 import loom_jax
 from loom_jax.checkpoint import RunCheckpoints, start_run
-from loom_jax.core import to_mapping
+from loom_jax.core import CheckpointError, to_mapping
 from loom_jax.parallel import PreemptionNotice, global_batch
 from loom_jax.train.config import TrainConfig
 from loom_jax.train.held_out import HeldOut
@@ -113,4 +113,10 @@ def _start_folder(job: Job, workdir: Path) -> None:
         job.encoder.tokenizer.save(files)
         names = tuple(sorted(path.name for path in files.iterdir()))
         created_by = f"loom_jax {loom_jax.__version__}"
-        start_run(workdir, job.config.model, to_mapping(job.config), files, names, job.vae_params, created_by)
+        run = start_run(workdir, job.config.model, to_mapping(job.config), files, names, job.vae_params, created_by)
+    begun, given = run.train.get("vae_from"), job.config.vae_from
+    if begun != given and (begun is None or given is None or Path(begun).resolve() != Path(given).resolve()):
+        raise CheckpointError(
+            f"{workdir} was begun with vae_from={begun!r}, not {given!r}, and holds that autoencoder: give the same, or "
+            "choose another folder"
+        )

@@ -19,7 +19,7 @@ MATRICES = (
     (re.compile(r"(.*/)?layers/(.*/)?(o_proj|out_proj)/kernel"), ((1, 2), (3,))),
     (re.compile(r"(.*/)?layers/(.*/)?(gate_proj|up_proj|down_proj|fc1|fc2)/kernel"), ((1,), (2,))),
 )
-"""Paths of kernels [L, in..., out...] of layers, which Muon treats as matrices, all heads as one: input, output axes."""
+"""Paths of kernels [L, in..., out...] of layers, that Muon treats as matrices, all heads as one: input, output axes."""
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -62,7 +62,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for the matrices of layers, Nesterov's Adam for the rest, over {path: leaf}. Scaled so that rates are as for Adam.
+    """Muon for the matrices of layers, Nesterov's Adam for the rest, over {path: leaf}; rates are as for Adam.
 
     Source: Liu et al., Muon is Scalable for LLM Training (2025), section 2.2.
     """

@@ -82,8 +82,8 @@ class Example:
 def draw_example(task: WorldTask, split: Split, seed: int, index: int) -> Example:
     """Returns an example; the same arguments give the same one.
 
-    Examples of `train` and `train_long` show no held-out combination; those of `test` and `long` show at least one among
-    the pictures to be made. Those of `long` are longer, or fuller, than those of `train` and `test`.
+    Examples of `train` and `train_long` show no held-out combination; those of `test` and `long` show at least one
+    among the pictures to be made. Those of `long` are longer, or fuller, than those of `train` and `test`.
 
     Raises:
       InputError: there is no such task or split.
