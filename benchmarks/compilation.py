@@ -66,4 +66,3 @@ def seconds_to_compile(config: TrainConfig) -> tuple[float, float]:
     batch = abstract_batch(config.data, Tables.of(config.model), config.model.latent_stride)
     draft.step.lower(draft.state, draft.vae, batch).compile()
     return time.perf_counter() - began[0], time.process_time() - began[1]
-

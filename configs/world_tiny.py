@@ -92,7 +92,7 @@ def _second() -> ml_collections.ConfigDict:
         "interpolate_pos": False,
     }
     config.tokenizer = "world"
-    config.total_steps = 2_600
+    config.total_steps = 2_400
     config.frozen = ()
     config.remat = "dots"
     config.optimizer = {"name": "muon", "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "b2": 0.98}

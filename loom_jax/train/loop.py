@@ -115,8 +115,8 @@ def _start_folder(job: Job, workdir: Path) -> None:
         created_by = f"loom_jax {loom_jax.__version__}"
         run = start_run(workdir, job.config.model, to_mapping(job.config), files, names, job.vae_params, created_by)
     begun, given = run.train.get("vae_from"), job.config.vae_from
-    if begun != given and (begun is None or given is None or Path(begun).resolve() != Path(given).resolve()):
+    if (begun and Path(begun).resolve()) != (given and Path(given).resolve()):
         raise CheckpointError(
-            f"{workdir} was begun with vae_from={begun!r}, not {given!r}, and holds that autoencoder: give the same, or "
-            "choose another folder"
+            f"{workdir} was begun with vae_from={begun!r}, not {given!r}, and holds that autoencoder: give the same, "
+            "or choose another folder"
         )
