@@ -7,7 +7,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       generate a picture and a text into out/demo"
+	@echo "make demo       draw with a small trained model, and train it on, into out/demo"
 	@echo "make test       run the tests, without the slow ones"
 	@echo "make test-all   run all tests"
 	@echo "make lint       ruff and mypy"

@@ -16,6 +16,8 @@ ROOTS = {
 # Files beside the modules that travel in the wheel, at any depth below a root.
 DATA = ["sh", "sbatch", "yaml", "yml", "toml", "json", "jsonl", "txt", "md", "html", "css", "js", "j2", "tmpl"]
 DATA += ["csv", "png", "jpg", "npz", "typed"]
+# The weights that come along: Orbax names its files without endings.
+WEIGHTS = ["weights/**/*"]
 
 
 def version() -> str:
@@ -41,7 +43,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir=ROOTS,
-    package_data={"": [f"**/*.{ending}" for ending in DATA]},
+    package_data={"": [f"**/*.{ending}" for ending in DATA], "loom_jax": WEIGHTS},
     entry_points={"console_scripts": ["loom = loom_jax.cli:main"]},
     install_requires=[
         "absl-py",
@@ -71,7 +73,6 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "demo": ["scikit-image"],  # the photograph that `loom demo` shows to the model
         "dev": [
             "build",
             "hypothesis",
@@ -84,7 +85,6 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
-            "scikit-image",
             "setuptools>=77",
             "wheel",
         ],

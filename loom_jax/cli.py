@@ -20,7 +20,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("convert the tiny checkpoint, generate a picture and a text", "loom_jax.commands.demo:main"),
+    "demo": Command("draw tutorials with the weights that come along, and train on", "loom_jax.commands.demo:main"),
     "generate": Command("generate pictures or text with a checkpoint", "loom_jax.commands.generate:main"),
     "data": Command("build data sets, look at their rows, store latents with them", "loom_jax.commands.data:main"),
     "train": Command("train a model by a recipe, and go on where it stopped", "loom_jax.commands.train:main"),

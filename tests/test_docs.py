@@ -105,8 +105,9 @@ def test_the_way_of_a_newcomer(clone):
     quickstart = (clone / "docs" / "quickstart.md").read_text(encoding="utf-8")
     assert "make demo" in script(quickstart)
     follow(quickstart, clone, minutes=60)
-    for made in ("out/demo/edit/image_0.png", "out/circle/image_0.png", "out/circle/python_1.png"):
+    for made in ("out/demo/generated/gallery.html", "out/star/gallery.html", "out/star/python_1.png"):
         assert (clone / made).is_file(), made
+    assert (clone / "out" / "demo" / "training" / "checkpoints" / "20").is_dir()
     assert (clone / "runs" / "tiny" / "checkpoints" / "6").is_dir()
     assert len(list((clone / "out" / "tutorial").rglob("turn_*.png"))) == 2
 

@@ -1,6 +1,5 @@
 """`loom evaluate` on a converted folder: random weights score next to nothing, and the report says so."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,30 +7,15 @@ from PIL import Image
 
 from loom_jax import api, cli
 from loom_jax.converters.synthetic import write_synthetic_release
-from loom_jax.data.world import Scene, build_tokenizer, render
+from loom_jax.data.world import Scene, render
 from loom_jax.generate import FrameMade, InterleavedRequest, PlanWritten, SavedWork
 from tests import tiny
 from tests.reference import CKPT
 
-CONFIG = dataclasses.replace(
-    tiny.CONFIG,
-    vit=dataclasses.replace(tiny.CONFIG.vit, patch_size=16, num_positions=16),
-    vae=dataclasses.replace(tiny.CONFIG.vae, ch_mult=(1, 1, 2)),
-    latent_patch_size=4,
-    vit_max_num_patch_per_side=4,
-    max_latent_size=4,
-)
-"""Tokens of 16 x 16 pixels, so that pictures of the world have 4 x 4 of them."""
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("world")
-    (path / "tokenizer").mkdir()
-    build_tokenizer().save(path / "tokenizer")
-    write_synthetic_release(path / "release", CONFIG, seed=3, tokenizer=path / "tokenizer")
-    api.convert(path / "release", path / "converted")
-    return path / "converted"
+    return tiny.write_world(tmp_path_factory.mktemp("world"))
 
 
 def evaluate(*arguments):
@@ -52,7 +36,7 @@ def test_a_converted_folder_is_scored(checkpoint, tmp_path, capsys):
 
 
 def test_a_model_without_loom_tokens_is_refused_at_once(checkpoint, tmp_path, capsys):
-    write_synthetic_release(tmp_path / "release", CONFIG, seed=3, tokenizer=CKPT)
+    write_synthetic_release(tmp_path / "release", tiny.WORLD, seed=3, tokenizer=CKPT)
     api.convert(tmp_path / "release", tmp_path / "converted")
     assert evaluate("--checkpoint", tmp_path / "converted", "--out", tmp_path / "out") == 2
     assert "lacks '<|turn_1|>'" in capsys.readouterr().err and not (tmp_path / "out").exists()

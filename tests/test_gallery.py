@@ -110,6 +110,15 @@ def test_pictures_are_inside_bit_for_bit(text, work):
     assert any(image.shape == kept.shape and (image == kept).all() for image in shown)
 
 
+def test_small_pictures_show_their_pixels_and_others_do_not(tmp_path):
+    work = SavedWork.create(tmp_path, [InterleavedRequest("x", "compose", (tiny.picture(64, 128),))], {})
+    work.take(frame(1, 1, size=129), 0)
+    shown = [
+        attributes for tag, attributes in Reader(render_gallery(work)).tags if tag == "img" and "src" in attributes
+    ]
+    assert [attributes.get("class") for attributes in shown] == ["small", None]
+
+
 def test_large_pictures_become_jpeg(tmp_path):
     work = SavedWork.create(tmp_path, [InterleavedRequest("x", "compose", (tiny.picture(9, 9),))], {})
     work.take(frame(1, 1, size=700), 0)

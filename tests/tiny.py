@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +16,11 @@ import numpy as np
 from flax import nnx
 from PIL import Image as PILImage
 
+from loom_jax.converters.bagel import to_orbax
+from loom_jax.converters.synthetic import write_synthetic_release
 from loom_jax.core import AutoencoderConfig, DecoderConfig, LoomConfig, SiglipConfig
 from loom_jax.data import Batch, Budget, Packable, Tables, pack
+from loom_jax.data.world import build_tokenizer
 from loom_jax.document import EncodedSegment, Encoder, ImageTokens, ImageTransform, TextTokens, Tokenizer, lay_out
 from loom_jax.generate import Engine, Generator, NoiseSource
 from loom_jax.models import Autoencoder, Decoded, LoomModel
@@ -42,6 +46,24 @@ CONFIG = LoomConfig(
     latent_patch_size=3,
 )
 """Six query heads on two key heads, a ViT grid of 6, a latent table of 7, tokens of 3 x 3 latents of 5 channels."""
+WORLD = dataclasses.replace(
+    CONFIG,
+    vit=dataclasses.replace(CONFIG.vit, patch_size=16, num_positions=16),
+    vae=dataclasses.replace(CONFIG.vae, ch_mult=(1, 1, 2)),
+    latent_patch_size=4,
+    vit_max_num_patch_per_side=4,
+    max_latent_size=4,
+)
+"""Tokens of 16 x 16 pixels, so that pictures of the world have 4 x 4 of them."""
+
+
+def write_world(folder: Path) -> Path:
+    """Writes a converted folder of WORLD with random weights and the world's tokenizer into `folder`; returns it."""
+    (folder / "tokenizer").mkdir()
+    build_tokenizer().save(folder / "tokenizer")
+    write_synthetic_release(folder / "release", WORLD, seed=3, tokenizer=folder / "tokenizer")
+    to_orbax(folder / "release", folder / "converted")
+    return folder / "converted"
 
 
 def fill(module: nnx.Module, seed: int = 0) -> Any:

@@ -16,6 +16,7 @@ from loom_jax.checkpoint.folder import (
     COMPONENTS,
     RECORD,
     SCHEMA_VERSION,
+    SHIPPED,
     ModelFolder,
     load_module,
     migrate,
@@ -23,6 +24,7 @@ from loom_jax.checkpoint.folder import (
     read_folder,
     restore_component,
     shared_folder,
+    shipped_folder,
     write_record,
 )
 from loom_jax.checkpoint.remote import address_of, refuse_address
@@ -36,6 +38,7 @@ __all__ = [
     "RUN_RECORD",
     "RUN_SCHEMA_VERSION",
     "SCHEMA_VERSION",
+    "SHIPPED",
     "ModelFolder",
     "ParamWriter",
     "Restored",
@@ -60,6 +63,7 @@ __all__ = [
     "save_params",
     "saved_steps",
     "shared_folder",
+    "shipped_folder",
     "start_run",
     "step_path",
     "stored_params",

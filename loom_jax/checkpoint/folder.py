@@ -34,6 +34,9 @@ COMPONENTS = ("model", "vae")
 SCHEMA_VERSION = 1
 """Version of the folder's form that this code writes."""
 
+SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "world"
+"""The trained weights that come with the package: a small model of the drawn world, made by configs/world_tiny.py."""
+
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Version of a record -> function that returns it in the form of the next version."""
 
@@ -109,6 +112,21 @@ def read_folder(path: Path | str) -> ModelFolder:
     return ModelFolder(
         path if address is None else fetch_files(address, files), config, record["provenance"], files, address
     )
+
+
+def shipped_folder() -> Path:
+    """Returns the converted folder of the trained weights that come with the package.
+
+    Raises:
+      CheckpointError: they are not there.
+    """
+    if not (SHIPPED / RECORD).is_file():
+        raise CheckpointError(
+            f"{SHIPPED} holds no {RECORD}: the weights that come with loom_jax are missing; install it again, or train "
+            "them as configs/world_tiny.py says, and put them there with "
+            f"`loom convert from-run runs/world_tiny {SHIPPED} --dtype bfloat16`"
+        )
+    return SHIPPED
 
 
 def _record_text(path: Path, address: str | None) -> str | None:

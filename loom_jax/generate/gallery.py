@@ -19,6 +19,8 @@ from loom_jax.generate.saved import SavedWork, write_whole
 GALLERY = "gallery.html"
 LARGEST_PNG = 512
 """Pictures with longer sides stand in the page as JPEG, which keeps it small; the PNGs lie beside it."""
+SMALL = 128
+"""Pictures with no longer sides are shown with square pixels, where a browser blurs what it enlarges."""
 _QUALITY = 92
 _TASKS = {"tutorial": "Tutorial", "compose": "Composition", "style": "Style transfer", "decompose": "Decomposition"}
 
@@ -59,7 +61,7 @@ def _templates() -> jinja2.Environment:
 
 def _shown(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Returns what the page shows of a request."""
-    frames = [{**frame, "data": _embed(folder / frame["image"])} for frame in entry["frames"]]
+    frames = [{**frame, **_embed(folder / frame["image"])} for frame in entry["frames"]]
     images, entities, planned = entry["images"], entry["entities"], entry["task"] in PLANNED
     if entities is None or len(entities) != len(images):  # of other number in requests that failed because of it
         # Which tokens there are was checked when the pictures were made.
@@ -71,9 +73,7 @@ def _shown(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         **entry,
         "title": _TASKS.get(entry["task"], "Request"),
         "frames": [{**frame, "share": frame["seconds"] / slowest if slowest else 0.0} for frame in frames],
-        "conditions": [
-            {"token": token, "data": _embed(folder / name)} for token, name in zip(entities, images, strict=True)
-        ],
+        "conditions": [{"token": token, **_embed(folder / name)} for token, name in zip(entities, images, strict=True)],
         "seconds": sum(frame["seconds"] for frame in frames),
         "given": {name: entry[name] for name in given if entry.get(name) is not None},
         # Frames still to come have their places in the strip.
@@ -81,14 +81,15 @@ def _shown(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _embed(path: Path) -> str | None:
-    """Returns a picture as a data URI; None where it cannot be read any more."""
+def _embed(path: Path) -> dict[str, Any]:
+    """Returns a picture as a data URI, None where it cannot be read any more, and whether it is small."""
     try:
         image = to_rgb(open_image(path))
     except ImageError:
-        return None
+        return {"data": None, "small": False}
     kind, options = ("PNG", {}) if max(image.size) <= LARGEST_PNG else ("JPEG", {"quality": _QUALITY})
-    return f"data:image/{kind.lower()};base64,{_encode(image, kind, options)}"
+    data = f"data:image/{kind.lower()};base64,{_encode(image, kind, options)}"
+    return {"data": data, "small": max(image.size) <= SMALL}
 
 
 def _encode(image: PILImage.Image, kind: str, options: dict[str, Any]) -> str:
