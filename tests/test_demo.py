@@ -128,4 +128,4 @@ def test_the_weights_that_are_shipped_draw_what_is_asked(tmp_path, capsys):
     assert loom_demo("--out", tmp_path / "out") == 0
     found = right_of(capsys.readouterr().out)
     assert {task: frames for task, (_, frames) in found.items()} == FRAMES
-    assert sum(right for right, _ in found.values()) >= sum(FRAMES.values()) / 2, found
+    assert sum(right for right, _ in found.values()) >= 0.7 * sum(FRAMES.values()), found
