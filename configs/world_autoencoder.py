@@ -3,7 +3,7 @@
 Command: loom train --config configs/world_autoencoder.py --workdir runs/world_autoencoder
 Data: pictures of the tutorial world, drawn as they are needed; no combination that is held out of training is shown.
 Hardware: any CPU, half an hour on two cores; one GPU, minutes.
-Expect: a pixel error (mean absolute difference, of 1) below 0.01; the reader of the world reads what it decodes, but for
+Expect: a pixel error (mean absolute difference, of 1) below 0.01; the reader reads what it decodes, but for some
 small things in outlines and at night (docs/world.md).
 """
 
