@@ -23,8 +23,8 @@ SPLITS = ("test", "long", "train", "train_long")
 PARTS = ("planning", "time_tokens", "entity_tokens")
 FOR_JUDGE = ("work", "judge", "judge_url", "judge_model")
 EPILOG = """examples:
-  loom evaluate --suite world --checkpoint world_tiny --out out/scores
-  loom evaluate --suite world --checkpoint world_tiny --task tutorial --split long --count 20 --history "last(1)"
+  loom evaluate --checkpoint loom_jax/weights/world --steps 16 --cfg-text-scale 2 --cfg-img-scale 1 --out out/scores
+  loom evaluate --checkpoint loom_jax/weights/world --task tutorial --split long --count 20 --history "last(1)"
   loom evaluate --suite judge --work out/many --judge chat --judge-url http://127.0.0.1:8000/v1 --judge-model NAME
 
 `world` asks for sequences whose right pictures are known exactly, reads what the model draws, and writes report.html,
