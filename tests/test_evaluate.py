@@ -262,12 +262,12 @@ def test_a_sheet_shows_what_was_made_over_what_should_be():
     np.testing.assert_array_equal(sheet[:64], sheet[66:130])
 
 
-def sequence(*scenes, steps=("paint the sea", "draw a small red cross at the top")):
+def sequence(*scenes, steps=("paint the sea", "draw a small red cross at the top left")):
     pictures = [Image.fromarray(picture) for picture in render(list(scenes))]
     return Sequenced("Draw it", tuple(zip(steps, pictures, strict=True)))
 
 
-CROSS = Thing("small", "red", "cross", "top")
+CROSS = Thing("small", "red", "cross", "top left")
 SEA = Scene("sea")
 
 
