@@ -23,16 +23,16 @@ import ml_collections
 from loom_jax.configs import world_autoencoder
 
 WEIGHTS = {
-    "tutorial": 2.0,
-    "tutorial_frames": 2.0,
-    "tutorial_plan": 5.0,
+    "tutorial": 4.0,
+    "tutorial_frames": 4.0,
+    "tutorial_plan": 4.0,
     "image_tutorial": 1.0,
     "image_tutorial_frames": 1.0,
     "image_tutorial_plan": 1.0,
-    "decomposition": 1.0,
-    "decomposition_frames": 1.0,
-    "composition": 5.0,
-    "style": 2.0,
+    "decomposition": 0.5,
+    "decomposition_frames": 0.5,
+    "composition": 4.0,
+    "style": 3.0,
 }
 """Recipe -> relative share of the rows."""
 VARIANTS = ("first", "second", "on")
@@ -92,7 +92,7 @@ def _second() -> ml_collections.ConfigDict:
         "interpolate_pos": False,
     }
     config.tokenizer = "world"
-    config.total_steps = 2_400
+    config.total_steps = 5_200
     config.frozen = ()
     config.remat = "dots"
     config.optimizer = {"name": "muon", "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "b2": 0.98}

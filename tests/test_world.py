@@ -29,6 +29,7 @@ from loom_jax.data.world import (
     apply,
     build_tokenizer,
     draw_example,
+    encode_png,
     follow,
     read_step,
     render,
@@ -227,8 +228,12 @@ def test_rows_have_pictures_and_texts():
     row = WorldRows("style", "test")[7]
     assert sorted(row["entity_list"]) == ["<original_image>", "<style>"] and len(row["image_list"]) == 3
     assert WorldRows("tutorial", seed=1)[0] == WorldRows("tutorial", seed=1)[0] != WorldRows("tutorial")[0]
-    with pytest.raises(ConfigError, match="no rows for recipe 'edit'"):
-        WorldRows("edit")
+    example, edits, captioned = (draw_example("tutorial", "train", 0, 7), WorldRows("edit")[7], WorldRows("t2i")[7])
+    frames = [encode_png(picture) for picture in render([Scene(), *example.frames])]
+    assert edits == {"image_list": frames, "instruction_list": [[step] for step in example.plan]}
+    assert captioned["image"] == frames[-1] and example.instruction in captioned["captions"]
+    with pytest.raises(ConfigError, match="no rows for recipe 'vlm'"):
+        WorldRows("vlm")
 
 
 def test_unknown_names_are_refused():
@@ -238,7 +243,7 @@ def test_unknown_names_are_refused():
         draw_example("tutorial", "dev", 0, 0)
 
 
-@pytest.mark.parametrize("recipe", [*TASKS, "tutorial_frames", "image_tutorial_plan"])
+@pytest.mark.parametrize("recipe", [*TASKS, "t2i", "edit", "tutorial_frames", "image_tutorial_plan"])
 @pytest.mark.parametrize("split", [(), ("long",)])
 def test_rows_suit_their_recipe(recipe, split):
     source = open_source("world", split, recipe=recipe)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from loom_jax.core import ConfigError
 from loom_jax.data.bad_rows import BadRow
 from loom_jax.data.recipes import rows_of
 from loom_jax.data.world.render import render
-from loom_jax.data.world.scene import SPLITS, Split
+from loom_jax.data.world.scene import SPLITS, Scene, Split
 from loom_jax.data.world.tasks import TASKS, Example, WorldTask, draw_example
 from loom_jax.document import format_plan
 
@@ -22,35 +23,38 @@ NUM_ROWS = 1 << 24
 
 
 class WorldRows:
-    """Rows of one task; row i is always the same.
+    """Rows for one recipe; row i is always the same.
 
-    A row has `instruction_list` (the instruction, and the plan if the task has one) and `image_list`: the frames of a
-    tutorial or decomposition, or else the given pictures and then the target. `condition_list` holds the pictures given
-    to a tutorial or decomposition, `entity_list` the token of each picture given to another task.
+    For a task, a row has `instruction_list` (the instruction, and the plan if the task has one) and `image_list`: the
+    frames of a tutorial or decomposition, or else the given pictures and then the target. `condition_list` holds the
+    pictures given to a tutorial or decomposition, `entity_list` the token of each picture given to another task.
+
+    For `t2i` and `edit`, which a model may know before it learns any task, a row is made of a tutorial: its instruction
+    and last frame; or an empty sheet and all frames, with the step from each to the next.
 
     Args:
-      task: the name of a task, which is that of its recipe too.
+      recipe: `t2i`, `edit`, or the name of a task, which is that of its recipe too.
       split: one for training, or a held-out one.
       seed: of all examples.
 
     Raises:
-      ConfigError: there is no such task.
+      ConfigError: there are no rows for the recipe.
     """
 
     blocks: Sequence[int] = ()
     bad_files: Sequence[BadRow] = ()
 
-    def __init__(self, task: str, split: Split = "train", seed: int = 0):
-        if task not in TASKS:
-            raise ConfigError(f"the world has no rows for recipe {task!r}: there are rows for {', '.join(TASKS)}")
-        self._task: WorldTask = task
+    def __init__(self, recipe: str, split: Split = "train", seed: int = 0):
+        if recipe not in _ROWS:
+            raise ConfigError(f"the world has no rows for recipe {recipe!r}: there are rows for {', '.join(_ROWS)}")
+        self._task, self._to_row = _ROWS[recipe]
         self._split, self._seed = split, seed
 
     def __len__(self) -> int:
         return NUM_ROWS
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return to_row(draw_example(self._task, self._split, self._seed, index))
+        return self._to_row(draw_example(self._task, self._split, self._seed, index))
 
 
 def open_world(recipe: str, paths: Sequence[str] = ()) -> WorldRows:
@@ -74,6 +78,23 @@ def to_row(example: Example) -> dict[str, Any]:
         return {"image_list": pictures, "instruction_list": [example.instruction], "entity_list": entities}
     row = {"image_list": pictures[given:], "instruction_list": [example.instruction, format_plan(example.plan)]}
     return {**row, "condition_list": pictures[:given]} if given else row
+
+
+def _captioned(example: Example) -> dict[str, Any]:
+    (picture,) = render(example.frames[-1:])
+    return {"captions": json.dumps({"caption": example.instruction}), "image": encode_png(picture)}
+
+
+def _edited(example: Example) -> dict[str, Any]:
+    pictures = [encode_png(picture) for picture in render([Scene(), *example.frames])]
+    return {"image_list": pictures, "instruction_list": [[step] for step in example.plan]}
+
+
+_ROWS: dict[str, tuple[WorldTask, Callable[[Example], dict[str, Any]]]] = {
+    **{task: (task, to_row) for task in TASKS},
+    "t2i": ("tutorial", _captioned),
+    "edit": ("tutorial", _edited),
+}
 
 
 def encode_png(picture: np.ndarray) -> bytes:

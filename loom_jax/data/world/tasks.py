@@ -167,7 +167,10 @@ def _change(rng: np.random.Generator, split: Split, scene: Scene, thing: Thing) 
 
 def _tutorial(rng: np.random.Generator, split: Split) -> Example:
     turns = _between(rng, TURNS[split])
-    changes = int(rng.integers(0, min(2, (turns - 1) // 2) + 1))
+    most = min(2, (turns - 1) // 2)
+    changes = int(rng.integers(0, most + 1))
+    if split not in HELD_OUT_SPLITS:
+        changes = max(changes, int(rng.integers(0, most + 1)))  # the hardest steps, and the rarest: train on more
     first = _scene(rng, split, turns - 1 - changes)
     changed = [first.in_order[int(i)] for i in rng.permutation(len(first.things))[:changes]]
     steps, scene = list(in_order(first)), first
