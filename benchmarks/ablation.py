@@ -2,9 +2,10 @@
 
     python -m benchmarks ablation --vae runs/world_autoencoder --runs runs/ablation --out out/ablation
 
-Runs that are there already, finished or not, are gone on with; what was scored is not scored again. Writes table.md and
-table.json into --out. All variants are trained for as many steps on as many rows; requests, noise and seeds of the
-pictures are the same for all, so differences are taken request by request.
+Trains the base, and then from it all variants for as many steps on as many rows. Requests, noise and seeds of the pictures
+are the same for all, so differences are taken request by request. Runs that are there already, finished or not, are
+gone on with. Writes the scores of each run into --out, and table.md and table.json over all that lie there; what has its
+scores is not trained again.
 """
 
 from __future__ import annotations
@@ -21,33 +22,39 @@ from typing import Any
 import numpy as np
 
 from loom_jax import api
-from loom_jax.configs.world_ablation import VARIANTS
+from loom_jax.configs.world_ablation import IDEAS
 from loom_jax.data.world import WorldTask
 from loom_jax.document import HistoryPolicy, Method
-from loom_jax.evaluate import Measurement, WorldSuite, measure, paired_difference, run_suite, values_of
+from loom_jax.evaluate import Measurement, WorldSuite, measure, paired_difference, run_suite
 
 CONFIG = Path(__file__).parents[1] / "configs" / "world_ablation.py"
 TASKS: tuple[WorldTask, ...] = ("tutorial", "composition")
-FIGURES = (("tutorial", "plan"), ("tutorial", "step"), ("tutorial", "consistency"), ("composition", "step"))
+LATE = 3
+"""The turn from which a frame counts as a late one."""
+FIGURES = ("tutorial plan", "tutorial step", "tutorial late step", "tutorial consistency", "composition step")
 SETTINGS = dataclasses.replace(api.LOOM_SETTINGS, num_timesteps=16, cfg_text_scale=1.0, cfg_img_scale=1.0)
 """Without guidance: a small model follows what it is given closely enough, and the comparison is of the ideas alone."""
 
 Scores = Mapping[str, Any]
+"""Of one run: `figures`, figure -> request -> values; `seconds`, what a frame took; `count` and `settings`."""
 
 
 def main(argv: list[str]) -> int:
     """Trains, scores and compares."""
     args = _parser().parse_args(argv)
-    unknown = sorted(set(args.variant or ()) - set(VARIANTS))
+    unknown = sorted(set(args.variant or ()) - set(IDEAS))
     if unknown:
-        sys.exit(f"--variant {unknown[0]}: there are {', '.join(VARIANTS)}")
-    scored: dict[str, list[Scores]] = {}
+        sys.exit(f"--variant {unknown[0]}: there are {', '.join(IDEAS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
     for seed in range(1, args.seeds + 1):  # all variants once, before any of them twice
-        for variant in args.variant or VARIANTS:
-            folder = args.runs / f"{variant},seed={seed}"
-            _train(variant, seed, folder, args)
-            scored.setdefault(variant, []).append(_score(variant, folder, args))
-            _write(args.out, scored)
+        for variant in args.variant or IDEAS:
+            saved = args.out / f"{variant},seed={seed}.json"
+            if not saved.exists():
+                folder = args.runs / f"{variant},seed={seed}"
+                base = _train("base", args.runs / "base", {"vae_from": args.vae}, args)
+                model = _train(variant, folder, {"seed": seed, "data.seed": seed, "init_from": base}, args)
+                saved.write_text(json.dumps(_score(variant, model, args.count)) + "\n", encoding="utf-8")
+            _write(args.out)
     return 0
 
 
@@ -58,46 +65,54 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--vae", type=Path, required=True, metavar="DIR", help="finished run of configs/world_autoencoder.py")
+    add("--vae", type=Path, metavar="DIR", required=True, help="finished run of configs/world_autoencoder.py")
     add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help="where the runs are [runs/ablation]")
-    add("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="where the table goes [out/ablation]")
+    add("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="where scores go [out/ablation]")
     add("--seeds", type=int, default=2, metavar="N", help="seeds of each variant [2]")
     add("--variant", action="append", metavar="NAME", help="only this one; may be repeated [all]")
-    add("--count", type=int, default=100, metavar="N", help="requests of each task and split [100]")
+    add("--count", type=int, default=100, metavar="N", help="requests of each task [100]")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the recipe of all runs")
+    add("--set-base", action="append", default=[], metavar="KEY=VALUE", help="changes that of the base alone")
     return parser
 
 
-def _train(variant: str, seed: int, folder: Path, args: argparse.Namespace) -> None:
-    changes = {"seed": seed, "data.seed": seed, "vae_from": args.vae}
-    settings = [f"--config.{key}={value}" for key, value in changes.items()] + [f"--config.{s}" for s in args.set]
-    command = [sys.executable, "-m", "loom_jax.cli", "train", "--config", f"{CONFIG}:{variant}"]
-    subprocess.run([*command, "--workdir", str(folder), *settings], check=True)
+def _train(variant: str, folder: Path, changes: Mapping[str, Any], args: argparse.Namespace) -> Path:
+    """Trains a variant, or goes on with it; returns its weights."""
+    model = folder.with_name(f"{folder.name},model")
+    if not model.exists():
+        settings = [f"{key}={value}" for key, value in changes.items()] + args.set
+        settings += args.set_base if variant == "base" else []
+        loom = [sys.executable, "-m", "loom_jax.cli"]
+        command = [*loom, "train", "--config", f"{CONFIG}:{variant}", "--workdir", str(folder)]
+        subprocess.run([*command, *(f"--config.{setting}" for setting in settings)], check=True)
+        subprocess.run([*loom, "convert", "from-run", str(folder), str(model)], check=True)
+    return model
 
 
-def _score(variant: str, folder: Path, args: argparse.Namespace) -> Scores:
-    """Returns the measurements of a finished run and the seconds that a frame took."""
-    saved = folder / f"scores_{args.count}.json"
-    if not saved.exists():
-        model = folder.with_name(f"{folder.name},model")
-        if not model.exists():
-            command = [sys.executable, "-m", "loom_jax.cli", "convert", "from-run", str(folder), str(model)]
-            subprocess.run(command, check=True)
-        generator = api.load(model)
-        suite = _suite(variant, args.count)
-        outcomes = run_suite(suite, lambda requests: api.interleave(generator, requests, SETTINGS), batch=20)
-        # The first batch of a task compiles; later ones tell what a frame costs.
-        seconds = [s for o in outcomes if o.example.task == "tutorial" for s in o.seconds][-20:]
-        found = {
-            "measurements": [dataclasses.asdict(m) for m in measure(outcomes)],
-            "seconds": _mean(seconds),
-        }
-        saved.write_text(json.dumps(found), encoding="utf-8")
-    return json.loads(saved.read_text(encoding="utf-8"))
+def _score(variant: str, model: Path, count: int) -> Scores:
+    generator = api.load(model)
+    suite = _suite(variant, count)
+    outcomes = run_suite(suite, lambda requests: api.interleave(generator, requests, SETTINGS), batch=20)
+    figures: dict[str, dict[int, list[float]]] = {}
+    for m in measure(outcomes):
+        for name in _figures_of(m, suite.method):
+            figures.setdefault(name, {}).setdefault(m.number, []).append(m.value)
+    # The first batch of a task compiles; later ones tell what a frame costs.
+    seconds = [s for o in outcomes if o.example.task == "tutorial" for s in o.seconds][-20:]
+    settings = dataclasses.asdict(SETTINGS)
+    return {"figures": figures, "seconds": _mean(seconds), "count": count, "settings": settings}
+
+
+def _figures_of(m: Measurement, method: Method) -> list[str]:
+    if m.metric == "plan" and not method.planning:
+        return []
+    late = m.metric == "step" and m.turn is not None and m.turn >= LATE
+    names = [f"{m.task} {m.metric}", *([f"{m.task} late step"] if late else [])]
+    return [name for name in names if name in FIGURES]
 
 
 def _suite(variant: str, count: int) -> WorldSuite:
-    changes: dict[str, Any] = VARIANTS[variant]
+    changes: dict[str, Any] = IDEAS[variant]
     history = changes.get("history")
     return WorldSuite(
         tasks=TASKS,
@@ -108,51 +123,50 @@ def _suite(variant: str, count: int) -> WorldSuite:
     )
 
 
-def _write(out: Path, scored: Mapping[str, Sequence[Scores]]) -> None:
+def _write(out: Path) -> None:
     """Writes the table: means over seeds with their spread, and differences from `whole` with intervals."""
-    rows = [_row(variant, found, scored.get("whole", ())) for variant, found in scored.items()]
-    out.mkdir(parents=True, exist_ok=True)
+    scored = {name: _read(out, name) for name in IDEAS}
+    rows = [_row(name, found, scored["whole"]) for name, found in scored.items() if found]
     (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    titles = ["variant", "seeds", *(f"{task} {metric}" for task, metric in FIGURES), "s a frame"]
+    titles = ["variant", "seeds", *FIGURES, "s a frame"]
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        cells = [_cell(row["figures"][f"{task} {metric}"]) for task, metric in FIGURES]
-        lines.append(
-            [row["variant"], str(row["seeds"]), *cells, "" if row["seconds"] is None else f"{row['seconds']:.3f}"]
-        )
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.3f}"
+        lines.append([row["variant"], str(row["seeds"]), *(_cell(row["figures"][name]) for name in FIGURES), seconds])
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     (out / "table.md").write_text(table, encoding="utf-8")
     print(table, flush=True)
 
 
-def _row(variant: str, found: Sequence[Scores], whole: Sequence[Scores]) -> dict[str, Any]:
-    figures = {}
-    for task, metric in FIGURES:
-        if metric == "plan" and not Method(**VARIANTS[variant].get("method", {})).planning:
-            figures[f"{task} {metric}"] = {"means": [], "difference": None}
-            continue
-        own = [_values(scores, task, metric) for scores in found]
-        means = [float(np.mean([v for values in seed.values() for v in values])) for seed in own if seed]
-        pairs = [(_values(before, task, metric), seed) for before, seed in zip(whole, own, strict=False)]
-        # A request with another seed of training is another one: seeds widen the interval.
-        first = {(k, n): v for n, (before, _) in enumerate(pairs) for k, v in before.items()}
-        second = {(k, n): v for n, (_, after) in enumerate(pairs) for k, v in after.items()}
-        change = paired_difference(first, second) if variant != "whole" and first and second else None
-        figures[f"{task} {metric}"] = {
-            "means": means,
-            "difference": None if change is None else dataclasses.asdict(change),
-        }
-    seconds = _mean([scores["seconds"] for scores in found if scores["seconds"] is not None])
+def _read(out: Path, variant: str) -> dict[str, Scores]:
+    """Returns what was scored, by seed."""
+    files = sorted(out.glob(f"{variant},seed=*.json"))
+    return {file.stem.rpartition("=")[2]: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def _row(variant: str, found: Mapping[str, Scores], whole: Mapping[str, Scores]) -> dict[str, Any]:
+    figures = {name: _figure(name, found, {} if variant == "whole" else whole) for name in FIGURES}
+    seconds = _mean([scores["seconds"] for scores in found.values() if scores["seconds"] is not None])
     return {"variant": variant, "seeds": len(found), "figures": figures, "seconds": seconds}
+
+
+def _figure(name: str, found: Mapping[str, Scores], whole: Mapping[str, Scores]) -> dict[str, Any]:
+    """Returns the mean of each seed, and the difference from the same seed of `whole`; none of what is not measured."""
+    own = {seed: scores["figures"][name] for seed, scores in found.items() if name in scores["figures"]}
+    pairs = {seed: whole[seed]["figures"].get(name, {}) for seed in own if seed in whole}
+    # A request with another seed of training is another one: seeds widen the interval.
+    before = {(seed, number): v for seed, values in pairs.items() for number, v in values.items()}
+    after = {(seed, number): v for seed in pairs for number, v in own[seed].items()}
+    change = paired_difference(before, after) if before.keys() & after.keys() else None
+    return {
+        "means": [float(np.mean([v for values in seed.values() for v in values])) for seed in own.values()],
+        "difference": None if change is None else dataclasses.asdict(change),
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:
     """The mean; None of nothing, as where a model wrote no plan."""
     return float(np.mean(values)) if values else None
-
-
-def _values(scores: Scores, task: str, metric: str) -> dict[int, list[float]]:
-    return values_of([Measurement(**m) for m in scores["measurements"]], metric, task=task)
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from loom_jax.cli import main
 from loom_jax.commands.train import read_config, read_recipe
-from loom_jax.configs.world_ablation import VARIANTS
+from loom_jax.configs.world_ablation import IDEAS
 from loom_jax.core import InputError
 from tests.sources import ROOT
 
@@ -17,7 +17,7 @@ VAE = ["vae.ch=4", "vae.ch_mult=(1,2)", "vae.num_groups=2", "vae.z_channels=3"]
 SIZES = ["decoder.hidden_size=24", "decoder.num_layers=1", "vit.num_layers=1", "latent_patch_size=8"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", IDEAS)
 def test_a_variant_differs_from_the_whole_in_one_thing(variant):
     whole, other = (read_config(read_recipe(f"{CONFIGS / 'world_ablation.py'}:{v}"), []) for v in ("whole", variant))
     changed = {
@@ -30,8 +30,14 @@ def test_a_variant_differs_from_the_whole_in_one_thing(variant):
     assert whole.model == other.model and whole.total_steps == other.total_steps
 
 
+def test_the_base_knows_nothing_of_what_is_compared():
+    base, whole = (read_config(read_recipe(f"{CONFIGS / 'world_ablation.py'}:{v}"), []) for v in ("base", "whole"))
+    assert base.model == whole.model
+    assert {entry.recipe for entry in base.data.mixture} == {"t2i", "edit", "tutorial_plan"}
+
+
 def test_a_variant_that_is_not_there_is_named():
-    with pytest.raises(InputError, match="it knows whole, no_planning"):
+    with pytest.raises(InputError, match="it knows base, whole, no_planning"):
         read_recipe(CONFIGS / "world_ablation.py:no_model")
 
 
@@ -46,6 +52,7 @@ def test_two_variants_are_trained_scored_and_compared(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "ablation", "--vae", str(vae), "--count", "2"]
     command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     command += ["--variant", "whole", "--variant", "no_planning", *(f"--set={change}" for change in changes)]
+    command += ["--set-base=seed=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {row["variant"]: row for row in json.loads((tmp_path / "out" / "table.json").read_text())}
@@ -56,4 +63,7 @@ def test_two_variants_are_trained_scored_and_compared(tmp_path):
     assert rows["no_planning"]["seconds"] > 0  # after two steps of training the other writes no plan, and so no frame
     assert rows["no_planning"]["figures"]["tutorial plan"]["means"] == []  # it writes none
     assert rows["no_planning"]["figures"]["tutorial step"]["difference"]["low"] <= 0
+    assert json.loads((tmp_path / "runs" / "base" / "run.json").read_text())["train"]["seed"] == 3
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0 and "s/step" not in again.stdout + again.stderr  # what is scored is not made again
     assert "| no_planning | 2 |" in (tmp_path / "out" / "table.md").read_text()
