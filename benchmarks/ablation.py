@@ -2,10 +2,10 @@
 
     python -m benchmarks ablation --vae runs/world_autoencoder --runs runs/ablation --out out/ablation
 
-Trains the base, and then from it all variants for as many steps on as many rows. Requests, noise and seeds of the pictures
-are the same for all, so differences are taken request by request. Runs that are there already, finished or not, are
-gone on with. Writes the scores of each run into --out, and table.md and table.json over all that lie there; what has its
-scores is not trained again.
+Trains the base, and then from it all variants for as many steps on as many rows. Requests, noise and seeds of the
+pictures are the same for all, so differences are taken request by request. Runs that are there already, finished or
+not, are gone on with. Writes the scores of each run into --out, and table.md and table.json over all that lie there;
+what has its scores is not trained again.
 """
 
 from __future__ import annotations

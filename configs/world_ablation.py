@@ -5,9 +5,9 @@ Command: python -m benchmarks ablation --vae runs/world_autoencoder --runs runs/
   loom train --config configs/world_ablation.py:base --workdir runs/base --config.vae_from=runs/world_autoencoder
   loom convert from-run runs/base runs/base_model
   loom train --config configs/world_ablation.py:no_planning --workdir DIR --config.init_from=runs/base_model
-Data: the tutorial world, drawn as it is needed. The base, which is to Loom what the published one is, learns pictures of
-instructions, single edits, and as text which steps an instruction means; no time token, entity token or history. The
-variants learn tutorials and compositions.
+Data: the tutorial world, drawn as it is needed. The base, which is to Loom what the published one is, learns pictures
+of instructions, single edits, and as text which steps an instruction means; no time token, entity token or history.
+The variants learn tutorials and compositions.
 Hardware: any CPU; half an hour for the base, ten minutes for each variant on two cores.
 Expect: docs/ablation.md.
 """

@@ -1,5 +1,6 @@
 """How jobs start: places in a job from each scheduler's variables, scripts and manifests from one description."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -25,7 +26,19 @@ from loom_jax.core import (
     read_heartbeats,
     silent_processes,
 )
-from loom_jax.launch import KINDS, STOPPED, JobDescription, LocalJob, Patience, entry, local, render, render_job
+from loom_jax.launch import (
+    KINDS,
+    PLATFORM_VARIABLES,
+    STOPPED,
+    Accelerator,
+    JobDescription,
+    LocalJob,
+    Patience,
+    entry,
+    local,
+    render,
+    render_job,
+)
 from loom_jax.parallel import Place, find_place
 
 SLURM = {
@@ -165,7 +178,8 @@ def test_openmpi_and_tpu_scripts_run_the_same_words(tmp_path):
     words = dry_run(render_job("tpu-vm", job(**TPU, project="p", zone="z")), tmp_path)
     assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "loom"] and "--worker=all" in words
     remote = words[-1].removeprefix("--command=").partition("exec ")[2]
-    assert shlex.split(remote) == ["env", "PYTHONUNBUFFERED=1", "WHO=it's me", *WORDS, "--coordinator", "auto"]
+    flags = f"LIBTPU_INIT_ARGS={PLATFORM_VARIABLES['tpu']['LIBTPU_INIT_ARGS']}"
+    assert shlex.split(remote) == ["env", flags, "PYTHONUNBUFFERED=1", "WHO=it's me", *WORDS, "--coordinator", "auto"]
     script = tmp_path / "script"
     done = subprocess.run(["bash", script, "--dry-run", "stop"], capture_output=True, text=True, cwd=tmp_path)
     assert "kill" in done.stdout and done.returncode == 0
@@ -330,6 +344,23 @@ def test_help_and_dry_run_of_the_local_launcher(capsys):
         with pytest.raises(SystemExit):
             main(["--help"])
         assert "example" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("accelerator", get_args(Accelerator))
+def test_a_job_has_the_variables_of_its_platform_unless_others_are_given(accelerator):
+    known = PLATFORM_VARIABLES[accelerator]
+    tpu = {"tpu": "v5p", "topology": "2x2x1", "devices_per_node": 4} if accelerator == "tpu" else {}
+    job = JobDescription(config="c.py", workdir="runs/x", accelerator=accelerator, **tpu)
+    assert known.items() <= job.variables.items()
+    name = list(known)[-1]
+    assert dataclasses.replace(job, env={name: "other"}).variables[name] == "other"
+
+
+def test_the_flags_for_gpus_are_known_to_xla():
+    environ = {**os.environ, "XLA_FLAGS": PLATFORM_VARIABLES["gpu"]["XLA_FLAGS"], "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]  # XLA ends the process at a flag that it does not know
 
 
 def test_an_entry_says_where_it_stands(capsys, monkeypatch):
