@@ -1,6 +1,8 @@
 """The autoencoder of the tutorial world: 64 x 64 pictures, 8 times smaller a side, 16 channels; 1.4 million parameters.
 
 Command: loom train --config configs/world_autoencoder.py --workdir runs/world_autoencoder
+         loom train --config configs/world_autoencoder.py:decoder --workdir runs/world_decoder \\
+             --config.init_from=runs/world_autoencoder
 Data: pictures of the tutorial world, drawn as they are needed; no combination that is held out of training is shown.
 Hardware: any CPU, half an hour on two cores; one GPU, minutes.
 Expect: a pixel error (mean absolute difference, of 1) below 0.01; the reader reads what it decodes, but for some
@@ -9,9 +11,29 @@ small things in outlines and at night (docs/world.md).
 
 import ml_collections
 
+VARIANTS = ("whole", "decoder")
+"""whole: from nothing. decoder: the decoder alone, on styles, which are hardest. Latents stay as they are, so that it
+may be done before a model is trained on them or after."""
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe; its keys are those of loom_jax.train.AutoencoderTrainConfig."""
+
+def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
+    """Returns the recipe for one of VARIANTS; its keys are those of loom_jax.train.AutoencoderTrainConfig.
+
+    Raises:
+      KeyError: there is no such variant.
+    """
+    config = _whole()
+    if variant == "decoder":
+        config.keep_encoder = True
+        config.total_steps = 1500
+        config.optimizer.learning_rate = 1e-3
+        config.pictures.mixture = _mixture(tutorial=1.0, style=8.0)
+    elif variant != "whole":
+        raise KeyError(variant)
+    return config
+
+
+def _whole() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.vae = {
         "ch": 16,
@@ -25,10 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
         "num_groups": 8,
     }
     config.pictures = {
-        "mixture": [
-            {"name": task, "source": "world", "recipe": task, "weight": weight}
-            for task, weight in (("tutorial", 2.0), ("composition", 1.0), ("style", 4.0))
-        ],
+        "mixture": _mixture(tutorial=2.0, composition=1.0, style=4.0),
         "batch": 16,
         "side": 64,
     }
@@ -39,3 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ema = {"decay": 0.995}
     config.save = {"every": 250}
     return config
+
+
+def _mixture(**weights: float) -> list[dict]:
+    return [{"name": task, "source": "world", "recipe": task, "weight": weight} for task, weight in weights.items()]

@@ -4,21 +4,27 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from loom_jax.checkpoint import restore_params
 from loom_jax.cli import main
-from loom_jax.core import CheckpointError, ConfigError, InputError
+from loom_jax.core import AutoencoderConfig, CheckpointError, ConfigError, InputError
 from loom_jax.data import MixtureEntry, Pictures, PicturesConfig
+from loom_jax.models import Autoencoder
+from loom_jax.train import restore_autoencoder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = ["vae.ch=4", "vae.ch_mult=(1,2)", "vae.num_groups=2", "vae.z_channels=3", "pictures.batch=3"]
 SMALL += ["save.every=2", "log_every=1", "optimizer.warmup_steps=1"]
 
 
-def train(workdir: Path, *overrides: str) -> int:
+def train(workdir: Path, *overrides: str, variant: str = "") -> int:
     given = [f"--config.{override}" for override in (*SMALL, *overrides)]
-    return main(["train", "--config", str(CONFIGS / "world_autoencoder.py"), "--workdir", str(workdir), *given])
+    config = f"{CONFIGS / 'world_autoencoder.py'}{variant}"
+    return main(["train", "--config", config, "--workdir", str(workdir), *given])
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -85,10 +91,25 @@ class TestTraining:
         assert train(tmp_path / "run", "total_steps=6", "pictures.side=63") == 2
         assert "pictures.side=63" in capsys.readouterr().err
 
+    def test_the_decoder_alone_goes_on_from_a_finished_run(self, finished, tmp_path):
+        run = tmp_path / "run"
+        assert train(run, "total_steps=2", f"init_from={finished}", variant=":decoder") == 0
+        config = AutoencoderConfig(4, (1, 2), 1, 3, 1.0, 0.0, num_groups=2)
+        abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), nnx.Param)[1]
+        before, after = (restore_autoencoder(folder, config, abstract) for folder in (finished, run))
+        same = {name: jax.tree.map(np.array_equal, before[name], after[name]) for name in ("encoder", "decoder")}
+        assert all(jax.tree.leaves(same["encoder"])) and not all(jax.tree.leaves(same["decoder"]))
+        assert lines(run)[0]["mse"] < lines(finished)[0]["mse"]  # it began where the other ended
+
+    def test_an_encoder_that_is_not_there_cannot_be_kept(self, tmp_path, capsys):
+        assert train(tmp_path / "run", "total_steps=2", "keep_encoder=True") == 2
+        assert "keep_encoder=True without init_from" in capsys.readouterr().err
+        assert train(tmp_path / "run", "total_steps=2", f"init_from={tmp_path}") == 2
+        assert "no finished autoencoder" in capsys.readouterr().err
+
 
 class TestModelOnTop:
     def test_a_model_begins_with_the_trained_autoencoder(self, finished, tmp_path):
-        from loom_jax.checkpoint import restore_params
         from loom_jax.commands.train import read_config, read_recipe
         from loom_jax.train import build_job
 

@@ -1,4 +1,4 @@
-"""Training an autoencoder from nothing, for models whose pictures the published one does not fit, on one device."""
+"""Training an autoencoder, for models whose pictures the published one does not fit, on one device."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ class AutoencoderTrainConfig:
       edge_weight: of the mean squared error of differences between neighbouring pixels: faint and fine patterns weigh
         little in the error of pixels alone.
       log_every: steps between lines of the log.
+      init_from: folder of a finished run to begin with; without one it begins with nothing.
+      keep_encoder: train the decoder alone, so that latents stay those that a model was trained on.
     """
 
     vae: AutoencoderConfig
@@ -57,8 +59,12 @@ class AutoencoderTrainConfig:
     ema: EmaConfig = EmaConfig(0.999)
     save: SaveConfig = SaveConfig()
     log_every: int = 20
+    init_from: str | None = None
+    keep_encoder: bool = False
 
     def __post_init__(self) -> None:
+        if self.keep_encoder and self.init_from is None:
+            raise ConfigError("keep_encoder=True without init_from: there is no encoder to keep")
         if self.pictures.side % self.vae.downsample:
             raise ConfigError(
                 f"pictures.side={self.pictures.side}: must be a multiple of {self.vae.downsample} for vae.ch_mult="
@@ -91,16 +97,17 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Path:
     """
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: _build(config)), nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
+    if config.keep_encoder:
+        optimizer = optax.partition({"encoder": optax.set_to_zero(), "decoder": optimizer}, _parts)
 
-    def begin() -> AutoencoderState:
-        params = nnx.split(_build(config), nnx.Param)[1]
+    def begin(params: nnx.State) -> AutoencoderState:
         average = jax.tree.map(jnp.copy, params) if config.ema.decay else None
         return AutoencoderState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
     _start(workdir, config)
     checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
-    restored = checkpoints.restore(jax.eval_shape(begin))
-    state, first = (jax.jit(begin)(), 0) if restored is None else (restored.state, restored.step)
+    restored = checkpoints.restore(jax.eval_shape(begin, abstract))
+    state, first = (begin(_first(config, abstract)), 0) if restored is None else (restored.state, restored.step)
     step_of = jax.jit(make_step(config, graphdef, optimizer), donate_argnums=0)
     log = open_log(workdir / "metrics.jsonl", first)
     with contextlib.closing(Pictures(config.pictures)) as pictures, log, checkpoints, PreemptionNotice() as notice:
@@ -133,6 +140,7 @@ def make_step(config: AutoencoderTrainConfig, graphdef: Any, optimizer: optax.Gr
     def losses(params: nnx.State, pixels: jax.Array, noise: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         vae: Autoencoder = nnx.merge(graphdef, params)
         moments = vae.encode(pixels)
+        moments = jax.lax.stop_gradient(moments) if config.keep_encoder else moments
         error = vae.decode(vae.sample(moments, noise)) - pixels
         # Kingma and Welling, Auto-Encoding Variational Bayes (2014), appendix B.
         kl = 0.5 * (moments.mean**2 + jnp.exp(moments.logvar) - 1 - moments.logvar).mean()
@@ -180,6 +188,18 @@ def restore_autoencoder(path: Path, config: AutoencoderConfig, abstract: Any, sh
 
 def _build(config: AutoencoderTrainConfig) -> Autoencoder:
     return Autoencoder(config.vae, rngs=nnx.Rngs(params=make_key(config.seed, Purpose.INIT)))
+
+
+def _first(config: AutoencoderTrainConfig, abstract: Any) -> Any:
+    """Returns what the first step begins with."""
+    if config.init_from is not None:
+        return restore_autoencoder(Path(config.init_from), config.vae, abstract)
+    return jax.jit(lambda: nnx.split(_build(config), nnx.Param)[1])()
+
+
+def _parts(params: Any) -> Any:
+    """Returns for each parameter of an autoencoder whether it is the encoder's or the decoder's."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params)
 
 
 def _start(workdir: Path, config: AutoencoderTrainConfig) -> None:
