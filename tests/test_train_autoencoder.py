@@ -97,9 +97,11 @@ class TestTraining:
         config = AutoencoderConfig(4, (1, 2), 1, 3, 1.0, 0.0, num_groups=2)
         abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), nnx.Param)[1]
         before, after = (restore_autoencoder(folder, config, abstract) for folder in (finished, run))
-        same = {name: jax.tree.map(np.array_equal, before[name], after[name]) for name in ("encoder", "decoder")}
-        assert all(jax.tree.leaves(same["encoder"])) and not all(jax.tree.leaves(same["decoder"]))
-        assert lines(run)[0]["mse"] < lines(finished)[0]["mse"]  # it began where the other ended
+        moved = {
+            name: max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), before[name], after[name])))
+            for name in ("encoder", "decoder")
+        }
+        assert moved["encoder"] == 0 and 0 < moved["decoder"] < 0.01  # two steps away from where the other ended
 
     def test_an_encoder_that_is_not_there_cannot_be_kept(self, tmp_path, capsys):
         assert train(tmp_path / "run", "total_steps=2", "keep_encoder=True") == 2
