@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
                 folder = args.runs / f"{variant},seed={seed}"
                 base = _train("base", args.runs / "base", {"vae_from": args.vae}, args)
                 model = _train(variant, folder, {"seed": seed, "data.seed": seed, "init_from": base}, args)
-                saved.write_text(json.dumps(_score(variant, model, args.count)) + "\n", encoding="utf-8")
+                part = saved.with_suffix(".part")
+                part.write_text(json.dumps(_score(variant, model, args.count)) + "\n", encoding="utf-8")
+                part.replace(saved)
             _write(args.out)
     return 0
 
