@@ -56,6 +56,9 @@ def main(argv: list[str]) -> int:
                 part = saved.with_suffix(".part")
                 part.write_text(json.dumps(_score(variant, model, args.count)) + "\n", encoding="utf-8")
                 part.replace(saved)
+            count = json.loads(saved.read_text(encoding="utf-8"))["count"]
+            if count != args.count:
+                sys.exit(f"{saved} has {count} requests of each task, not --count {args.count}: give another --out")
             _write(args.out)
     return 0
 
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--vae", type=Path, metavar="DIR", required=True, help="finished run of configs/world_autoencoder.py")
+    add("--vae", type=Path, required=True, metavar="DIR", help="finished run of configs/world_autoencoder.py")
     add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help="where the runs are [runs/ablation]")
     add("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="where scores go [out/ablation]")
     add("--seeds", type=int, default=2, metavar="N", help="seeds of each variant [2]")

@@ -108,6 +108,7 @@ class TestTraining:
         assert "keep_encoder=True without init_from" in capsys.readouterr().err
         assert train(tmp_path / "run", "total_steps=2", f"init_from={tmp_path}") == 2
         assert "no finished autoencoder" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 class TestModelOnTop:

@@ -174,6 +174,11 @@ def restore_autoencoder(path: Path, config: AutoencoderConfig, abstract: Any, sh
     Raises:
       CheckpointError: the run is not finished, or its autoencoder is another one.
     """
+    _check_finished(path, config)
+    return restore_params(path / WEIGHTS, abstract, shardings, dtype=jnp.float32)
+
+
+def _check_finished(path: Path, config: AutoencoderConfig) -> None:
     record = path / RECORD
     if not record.is_file() or not (path / WEIGHTS).is_dir():
         raise CheckpointError(
@@ -183,7 +188,6 @@ def restore_autoencoder(path: Path, config: AutoencoderConfig, abstract: Any, sh
     found = from_mapping(AutoencoderConfig, json.loads(record.read_text(encoding="utf-8"))["config"]["vae"], "vae.")
     if found != config:
         raise CheckpointError(f"{path} holds an autoencoder of {found}, but model.vae is {config}: give its sizes")
-    return restore_params(path / WEIGHTS, abstract, shardings, dtype=jnp.float32)
 
 
 def _build(config: AutoencoderTrainConfig) -> Autoencoder:
@@ -210,6 +214,8 @@ def _start(workdir: Path, config: AutoencoderTrainConfig) -> None:
         if found["vae"] != mapping["vae"]:
             raise CheckpointError(f"{workdir} is a run of another autoencoder ({found['vae']}): choose another folder")
         return
+    if config.init_from is not None:
+        _check_finished(Path(config.init_from), config.vae)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         content = {"created_by": f"loom_jax {loom_jax.__version__}", "config": mapping}
