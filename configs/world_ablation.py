@@ -8,8 +8,8 @@ Command: python -m benchmarks ablation --vae runs/world_autoencoder --runs runs/
 Data: the tutorial world, drawn as it is needed. The base, which is to Loom what the published one is, learns pictures
 of instructions, single edits, and as text which steps an instruction means; no time token, entity token or history.
 The variants learn tutorials and compositions.
-Hardware: any CPU; half an hour for the base, ten minutes for each variant on two cores.
-Expect: docs/ablation.md.
+Hardware: any CPU. It has not been run as a whole yet, so how long it takes is not known.
+Expect: the table that the command writes into out/ablation.
 """
 
 import ml_collections
