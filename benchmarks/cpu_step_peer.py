@@ -3,7 +3,7 @@
 Reads lines from standard input, `train` or `sample`; answers each with one line of JSON: wall and processor seconds
 and the result. The checkout is imported as it is. What a CPU lacks is put in its place from outside: flash attention
 becomes PyTorch's own attention of each sequence, its selection of a GPU kernel is left to PyTorch, and casts to
-bfloat16 become casts to float32.
+bfloat16 become casts to float32. accelerator_peer.py uses the same parts on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,23 @@ def flash_attn_varlen_func(
     return torch.cat(outs)
 
 
-def import_original(checkout: Path) -> types.SimpleNamespace:
-    """Imports the modules of a checkout; see above for what is replaced."""
+def default_frequencies(config: Any, device: Any = None, **_: Any) -> tuple[torch.Tensor, float]:
+    """Plain rotary frequencies, which the original looks up in transformers and version 5 no longer lists."""
+    width = config.hidden_size // config.num_attention_heads
+    powers = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
+    return 1.0 / config.rope_theta**powers, 1.0
+
+
+def import_original(
+    checkout: Path, attention: Callable[..., torch.Tensor] = flash_attn_varlen_func
+) -> types.SimpleNamespace:
+    """Imports the modules of a checkout, with `attention` for the flash attention of sequences."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    ROPE_INIT_FUNCTIONS.setdefault("default", default_frequencies)
     stub = types.ModuleType("flash_attn")
     stub.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    stub.flash_attn_varlen_func = flash_attn_varlen_func
+    stub.flash_attn_varlen_func = attention
     sys.modules["flash_attn"] = stub
     # The folder's own __init__ files import training and data code that is not needed.
     for name in ("data", "modeling", "modeling.cache_utils"):
@@ -73,10 +86,28 @@ def import_original(checkout: Path) -> types.SimpleNamespace:
     from data import data_utils
     from modeling.bagel import bagel, qwen2_navit, siglip_navit
 
-    qwen2_navit.torch = siglip_navit.torch = Float32Torch()
-    qwen2_navit.sdpa_kernel = lambda **_: contextlib.nullcontext()
     bagel.tqdm = lambda items, **_: items
     return types.SimpleNamespace(bagel=bagel, qwen=qwen2_navit, siglip=siglip_navit, data=data_utils)
+
+
+def leave_kernels_to_torch(modules: types.SimpleNamespace) -> None:
+    """Lets PyTorch choose the kernel of an attention with a mask: the one asked for runs on a GPU only."""
+    modules.qwen.sdpa_kernel = lambda **_: contextlib.nullcontext()
+
+
+def assemble(modules: types.SimpleNamespace, llm: Any, vit: Any, z_channels: int, downsample: int, **sizes: int) -> Any:
+    """Returns the original's model of some configurations, as its scripts build it."""
+    llm.layer_module, llm.qk_norm, llm.tie_word_embeddings, llm.freeze_und = "Qwen2MoTDecoderLayer", True, False, False
+    llm.pad_token_id = getattr(llm, "pad_token_id", None)  # version 5 of transformers has no default
+    # Its attention classes are chosen by this name alone.
+    llm._attn_implementation = "eager"
+    vit.rope = False
+    vae = types.SimpleNamespace(z_channels=z_channels, downsample=downsample)
+    config = modules.bagel.BagelConfig(llm_config=llm, vit_config=vit, vae_config=vae, **sizes)
+    language, vision = modules.qwen.Qwen2ForCausalLM(llm), modules.siglip.SiglipVisionModel(vit)
+    model = modules.bagel.Bagel(language, vision, config)
+    model.vit_model.vision_model.embeddings.convert_conv2d_to_linear(vit)
+    return model
 
 
 def build(modules: types.SimpleNamespace, release: Path) -> Any:
@@ -84,41 +115,52 @@ def build(modules: types.SimpleNamespace, release: Path) -> Any:
     from safetensors.torch import load_file
 
     llm = modules.qwen.Qwen2Config.from_json_file(release / "llm_config.json")
-    llm.layer_module, llm.qk_norm, llm.tie_word_embeddings, llm.freeze_und = "Qwen2MoTDecoderLayer", True, False, False
-    # Its attention classes are chosen by this name alone.
-    llm._attn_implementation = "eager"
     vit = modules.siglip.SiglipVisionConfig.from_json_file(release / "vit_config.json")
-    vit.rope = False
     weights = load_file(release / "ema.safetensors")
     vit.num_hidden_layers = len({k.split(".")[4] for k in weights if k.startswith("vit_model.vision_model.encoder.")})
     settings = json.loads((release / "config.json").read_text())
-    chosen = {k: settings[k] for k in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")}
-    vae = types.SimpleNamespace(**settings["vae_config"])
-    config = modules.bagel.BagelConfig(llm_config=llm, vit_config=vit, vae_config=vae, **chosen)
-    language, vision = modules.qwen.Qwen2ForCausalLM(llm), modules.siglip.SiglipVisionModel(vit)
-    model = modules.bagel.Bagel(language, vision, config)
-    model.vit_model.vision_model.embeddings.convert_conv2d_to_linear(vit)
+    sizes = {k: settings[k] for k in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")}
+    model = assemble(modules, llm, vit, **settings["vae_config"], **sizes)
     found = model.load_state_dict(weights, strict=False)
     assert not found.missing_keys and not found.unexpected_keys, found
     return model.float()
 
 
+def moved(inputs: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+    """Returns arguments with their tensors, and those of their lists, on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(one) for one in value]
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return {name: move(value) for name, value in inputs.items()}
+
+
 class Training:
     """The training step of the original's script: clipping, AdamW, moving average."""
 
-    def __init__(self, modules: types.SimpleNamespace, model: Any, file: Path):
-        self._model, (self._inputs, self._noise) = model.train(), training_inputs(modules, np.load(file))
+    def __init__(
+        self,
+        modules: types.SimpleNamespace,
+        model: Any,
+        d: Any,
+        device: str | torch.device = "cpu",
+        decay: float = 1e-4,
+    ):
+        inputs, noise = training_inputs(modules, d)
+        self._model, self.inputs, self._noise, self._decay = model, moved(inputs, device), noise.to(device), decay
         parameters = [p for p in model.parameters() if p.requires_grad]
         self._parameters = parameters
         self._optimizer = torch.optim.AdamW(
             parameters, lr=1e-5, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=True
         )
-        self._average = [p.detach().clone() for p in parameters]
+        self._average = [p.detach().clone() for p in parameters] if decay else []
 
     def __call__(self) -> float:
         drawn, torch.randn_like = torch.randn_like, lambda _: self._noise
         try:
-            losses = self._model(**self._inputs)
+            losses = self._model(**self.inputs)
         finally:
             torch.randn_like = drawn
         loss = losses["ce"].mean() + losses["mse"].mean()
@@ -126,8 +168,9 @@ class Training:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0, foreach=True)
         self._optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self._average, self._parameters, 1e-4)
+        if self._average:
+            with torch.no_grad():
+                torch._foreach_lerp_(self._average, self._parameters, self._decay)
         return loss.item()
 
 
@@ -184,38 +227,45 @@ def training_inputs(modules: types.SimpleNamespace, d: Any) -> tuple[dict[str, A
 class Sampling:
     """The original's guided sampler after a prompt that was read beforehand."""
 
-    def __init__(self, modules: types.SimpleNamespace, model: Any, file: Path):
-        d = np.load(file)
+    def __init__(
+        self,
+        modules: types.SimpleNamespace,
+        model: Any,
+        d: Any,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ):
         self._model, layers = model.eval(), model.config.llm_config.num_hidden_layers
         prompt, cells = torch.from_numpy(d["prompt"]).long(), len(d["noise"])
         length, side = len(prompt), round(cells**0.5)
         start = torch.arange(length)
-        cache = model.forward_cache_update_text(
-            modules.qwen.NaiveCache(layers),
-            packed_text_ids=prompt,
-            packed_text_position_ids=start,
-            text_token_lens=torch.tensor([length], dtype=torch.int),
-            packed_text_indexes=start,
-            packed_key_value_indexes=torch.zeros(0, dtype=torch.long),
-            key_values_lens=torch.tensor([0], dtype=torch.int),
-        )
+        read = {
+            "packed_text_ids": prompt,
+            "packed_text_position_ids": start,
+            "text_token_lens": torch.tensor([length], dtype=torch.int),
+            "packed_text_indexes": start,
+            "packed_key_value_indexes": torch.zeros(0, dtype=torch.long),
+            "key_values_lens": torch.tensor([0], dtype=torch.int),
+        }
+        cache = model.forward_cache_update_text(modules.qwen.NaiveCache(layers), **moved(read, device))
         marks = dict(zip(("start_of_image", "end_of_image"), d["marks"].tolist(), strict=True))
         size = [(side * model.latent_downsample, side * model.latent_downsample)]
         inputs = model.prepare_vae_latent([length], [length], size, marks)
         inputs["packed_init_noises"] = torch.from_numpy(d["noise"])
         no_text = model.prepare_vae_latent_cfg([0], [0], size)
         self._inputs = {
-            **inputs,
-            **{key.replace("cfg_", "cfg_text_", 1): value for key, value in no_text.items()},
+            **moved(inputs, device),
+            **moved({key.replace("cfg_", "cfg_text_", 1): value for key, value in no_text.items()}, device),
             "past_key_values": cache,
             "cfg_text_past_key_values": modules.qwen.NaiveCache(layers),
             "cfg_text_scale": float(d["cfg_text_scale"]),
             "num_timesteps": int(d["num_timesteps"]),
             "timestep_shift": float(d["timestep_shift"]),
+            **options,
         }
 
-    def __call__(self) -> list[list[float]]:
-        return self._model.generate_image(**self._inputs)[0].tolist()
+    def __call__(self) -> torch.Tensor:
+        return self._model.generate_image(**self._inputs)[0]
 
 
 def main() -> None:
@@ -223,15 +273,21 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(os.cpu_count() or 1)
     modules = import_original(checkout)
-    makers = {"train": (Training, "train.npz"), "sample": (Sampling, "sample.npz")}
+    modules.qwen.torch = modules.siglip.torch = Float32Torch()
+    leave_kernels_to_torch(modules)
+    makers: dict[str, tuple[Callable[..., Any], str]] = {
+        "train": (Training, "train.npz"),
+        "sample": (Sampling, "sample.npz"),
+    }
     works: dict[str, Any] = {}
     for line in sys.stdin:
         what = line.strip()
         if what not in works:
             make, file = makers[what]
-            works[what] = make(modules, build(modules, release), exchange / file)
+            works[what] = make(modules, build(modules, release).train(what == "train"), np.load(exchange / file))
         wall, cpu = time.perf_counter(), time.process_time()
         result = works[what]()
+        result = result.tolist() if isinstance(result, torch.Tensor) else result
         taken = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         print(json.dumps({**taken, "result": result}), file=answers, flush=True)
 

@@ -25,7 +25,7 @@ from loom_jax.configs import world_autoencoder
 WEIGHTS = {
     "tutorial": 4.0,
     "tutorial_frames": 4.0,
-    "tutorial_plan": 4.0,
+    "tutorial_plan": 6.0,
     "image_tutorial": 1.0,
     "image_tutorial_frames": 1.0,
     "image_tutorial_plan": 1.0,
@@ -35,6 +35,8 @@ WEIGHTS = {
     "style": 3.0,
 }
 """Recipe -> relative share of the rows."""
+MAX_FRAMES = 4
+"""Frames of tutorials that are shown: requests that are held out for their length ask for five or six."""
 VARIANTS = ("first", "second", "on")
 """first: plans of tutorials alone, from nothing. second, on: everything, from weights that are there, which
 --config.init_from names; on: for a few steps, half as many rows at a low rate."""
@@ -92,8 +94,9 @@ def _second() -> ml_collections.ConfigDict:
         "interpolate_pos": False,
     }
     config.tokenizer = "world"
-    config.total_steps = 5_200
+    config.total_steps = 8_000
     config.frozen = ()
+    config.compute_dtype = "float32"
     config.remat = "dots"
     config.optimizer = {"name": "muon", "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200, "b2": 0.98}
     config.optimizer["eps"] = 1e-8
@@ -122,17 +125,16 @@ def _held_out(data: ml_collections.ConfigDict) -> dict:
 def mixture(weights: dict[str, float]) -> list[dict]:
     """Returns the entries of a mixture of recipes of the world.
 
-    Every picture to be generated stands four times. Documents that end with their plan are as long as the longest of
-    the requests that are held out: how long a plan may be is not guessed from shorter ones.
+    Every picture to be generated stands four times. Plans of tutorials are as long as the longest of the requests that
+    are held out: how long a plan may be is not guessed from shorter ones, nor that its fourth frame is the last.
     """
-    return [
-        {
-            "name": name,
-            "source": "world",
-            "recipe": name,
-            "weight": weight,
-            "noisy_copies": 4,
-            "paths": ("train_long",) if name.endswith("_plan") else (),
-        }
+    entries = [
+        {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4, "paths": ()}
         for name, weight in weights.items()
     ]
+    for entry in entries:
+        if "tutorial" in entry["name"]:
+            entry["paths"] = ("train_long",)
+            if not entry["name"].endswith("_plan"):
+                entry["max_frames"] = MAX_FRAMES
+    return entries

@@ -218,6 +218,9 @@ def test_options_of_documents_reach_them():
     plain = documents()
     assert noisy(documents(entry={"noisy_copies": 3})) == [3 * count for count in noisy(plain)]
     assert max(noisy(plain)) > 1 and set(noisy(documents(history="none"))) == {1}
+    assert set(noisy(documents(entry={"max_frames": 1}))) == {1}
+    with pytest.raises(ConfigError, match="recipe 'vlm' has no frames"):
+        documents(entry={"max_frames": 1, "recipe": "vlm"})
     shorter = documents(method=Method(planning=False))
     assert all(len(a.segments) < len(b.segments) for a, b in zip(shorter, plain, strict=True))
     with pytest.raises(ConfigError, match="uniform"):

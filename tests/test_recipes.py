@@ -1,6 +1,7 @@
 """Which segments a row becomes, what is learned, what may be dropped, and which rows are refused for which reason."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -117,6 +118,19 @@ def test_what_the_method_leaves_out_is_not_in_the_document():
     assert made("style", row, method=Method(entity_tokens=False)) == made("style", row)[1:]
     last = [made("tutorial", TUTORIAL, history=HistoryPolicy("none", 0)) for _ in range(3)]
     assert all(sum(o.startswith("noisy") for o in document) == 1 for document in last)
+
+
+@pytest.mark.parametrize("name", ["tutorial", "image_tutorial"])
+def test_frames_beyond_the_first_so_many_are_neither_shown_nor_learned(name):
+    def turns(document):
+        return [(a, b) for a, b in itertools.pairwise(document) if a.startswith("<|turn_")]
+
+    build, shown = RECIPES[name].build, set()
+    for seed in range(20):
+        whole, fewer = (outline(build(TUTORIAL, RNG(seed), max_frames=most)) for most in (None, 2))
+        assert whole[: whole.index(turns(whole)[0][0])] == fewer[: fewer.index(turns(fewer)[0][0])]
+        shown |= set(turns(fewer))
+    assert shown == {("<|turn_1|>", "a?"), ("<|turn_2|>", "b?")}
 
 
 def test_a_tutorial_from_an_image_is_given_its_last_frame_or_what_the_row_gives():

@@ -229,7 +229,7 @@ def test_rows_have_pictures_and_texts():
     assert sorted(row["entity_list"]) == ["<original_image>", "<style>"] and len(row["image_list"]) == 3
     assert WorldRows("tutorial", seed=1)[0] == WorldRows("tutorial", seed=1)[0] != WorldRows("tutorial")[0]
     example, edits, captioned = (draw_example("tutorial", "train", 0, 7), WorldRows("edit")[7], WorldRows("t2i")[7])
-    frames = [encode_png(picture) for picture in render([Scene(), *example.frames])]
+    frames = [encode_png(picture, compress_level=0) for picture in render([Scene(), *example.frames])]
     assert edits == {"image_list": frames, "instruction_list": [[step] for step in example.plan]}
     assert captioned["image"] == frames[-1] and example.instruction in captioned["captions"]
     with pytest.raises(ConfigError, match="no rows for recipe 'vlm'"):

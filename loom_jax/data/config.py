@@ -43,6 +43,8 @@ class MixtureEntry:
       dropout: in place of the recipe's own.
       noisy_copies: how often a picture to be generated stands in its document, each time with noise and a timestep of
         its own. Copies do not see each other: more of them make more of one reading of what is given.
+      max_frames: frames of an interleaved document after the first so many are neither shown nor learned; its plan
+        stays whole.
       vae_transform, vit_transform: in place of the encoder's.
     """
 
@@ -55,6 +57,7 @@ class MixtureEntry:
     shuffle: bool = True
     dropout: DropoutConfig | None = None
     noisy_copies: int = 1
+    max_frames: int | None = None
     vae_transform: ImageTransform | None = None
     vit_transform: ImageTransform | None = None
 
@@ -65,6 +68,8 @@ class MixtureEntry:
             )
         if self.noisy_copies < 1:
             raise ConfigError(f"mixture entry {self.name!r} has noisy_copies={self.noisy_copies}: must be at least 1")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ConfigError(f"mixture entry {self.name!r} has max_frames={self.max_frames}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,28 +81,33 @@ class Pictures:
 
     def _draw(self, number: int) -> np.ndarray:
         rng = np.random.default_rng((self._config.seed, number))
-        return np.stack([self._draw_picture(rng) for _ in range(self._config.batch)])
+        pictures: list[np.ndarray] = []
+        while len(pictures) < self._config.batch:
+            pictures += self._draw_row(rng)
+        return np.stack(pictures[: self._config.batch])
 
-    def _draw_picture(self, rng: np.random.Generator) -> np.ndarray:
-        while True:
-            entry = int(rng.choice(len(self._sources), p=self._shares))
-            index = int(rng.integers(len(self._sources[entry])))
-            try:
-                picture = self._read(self._sources[entry][index], rng)
-            except BadRow as fault:
-                self._counts.add(fault, f"(row {index} of {self._config.mixture[entry].name})")
-                continue
-            self._counts.add(None)
-            return picture
+    def _draw_row(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Returns all pictures of a row: to read it costs more than to learn from each of them."""
+        entry = int(rng.choice(len(self._sources), p=self._shares))
+        index = int(rng.integers(len(self._sources[entry])))
+        try:
+            pictures = self._read(self._sources[entry][index])
+        except BadRow as fault:
+            self._counts.add(fault, f"(row {index} of {self._config.mixture[entry].name})")
+            return []
+        self._counts.add(None)
+        return pictures
 
-    def _read(self, row: Row, rng: np.random.Generator) -> np.ndarray:
-        """Returns one of the pictures of a row."""
+    def _read(self, row: Row) -> list[np.ndarray]:
         columns = [row[name] for name in COLUMNS if row.get(name)]
         encoded = [picture for column in columns for picture in (column if isinstance(column, list) else [column])]
         if not encoded:
             raise BadRow("no image", f"the row has {', '.join(map(str, row))}")
+        return [self._decode(picture) for picture in encoded]
+
+    def _decode(self, encoded: bytes) -> np.ndarray:
         try:
-            picture = to_rgb(open_image(encoded[int(rng.integers(len(encoded)))], "a picture"))
+            picture = to_rgb(open_image(encoded, "a picture"))
         except ImageError as error:
             raise BadRow("undecodable image", str(error)) from error
         size = (self._config.side, self._config.side)

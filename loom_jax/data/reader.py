@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loom_jax.core import InputError
+from loom_jax.core import ConfigError, InputError
 from loom_jax.data.bad_rows import BadRow
 from loom_jax.data.config import DataConfig, DropoutConfig
 from loom_jax.data.order import Address
@@ -58,7 +58,9 @@ class Reader:
             )
             for entry in config.mixture
         ]
-        for recipe in self._recipes:
+        for entry, recipe in zip(config.mixture, self._recipes, strict=True):
+            if entry.max_frames is not None and "max_frames" not in recipe.options:
+                raise ConfigError(f"mixture entry {entry.name!r} has max_frames: recipe {entry.recipe!r} has no frames")
             for token in recipe.tokens:
                 encoder.tokenizer.token_id(token)
 
@@ -86,7 +88,8 @@ class Reader:
         entry = address.entry
         rng = np.random.default_rng((self._config.seed, entry, address.epoch, address.row))
         recipe, encoder = self._recipes[entry], self._encoders[entry]
-        given = {name: value for name, value in self._options.items() if name in recipe.options}
+        options = {**self._options, "max_frames": self._config.mixture[entry].max_frames}
+        given = {name: value for name, value in options.items() if name in recipe.options}
         segments = recipe.build(self.read(address), rng, **given)
         segments = repeat_noisy(segments, self._config.mixture[entry].noisy_copies)
         images = sum(isinstance(segment, Picture) for segment in segments)

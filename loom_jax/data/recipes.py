@@ -61,7 +61,7 @@ class Recipe:
       dropout: probabilities where the configuration gives none.
       shares_area: the images of a document share one bound on their area (`img_num` of the encoder).
       tokens: that the tokenizer must know.
-      options: of `DataConfig`, handed to `build`: `method` and `history`.
+      options: handed to `build`: `method` and `history` of `DataConfig`, `max_frames` of its entry.
     """
 
     build: Build
@@ -147,6 +147,7 @@ def tutorial(
     learn_frames: bool = True,
     condition: Literal["given", "first", "last"] = "given",
     method: Method = WHOLE,
+    max_frames: int | None = None,
 ) -> list[Segment]:
     """Interleaved output: conditions, prompt, plan, then frames, each after its time token and step text.
 
@@ -164,6 +165,7 @@ def tutorial(
       condition: where there is no `condition_list`: nothing is given; or the first picture, which is then no frame; or
         the last frame, which is one.
       method: what is left out of the document.
+      max_frames: show and learn none after the first so many.
     """
     instruction, plan = _texts(row, 2)
     frames, steps = _pictures(row, "image_list"), parse_steps(plan)
@@ -186,7 +188,7 @@ def tutorial(
         if not method.planning:
             raise BadRow("nothing to learn", "a document that ends with its plan, without planning")
         return start
-    chosen = history.choose_subset(len(frames), rng)
+    chosen = history.choose_subset(len(frames[:max_frames]), rng)
     return [*start, *learned_frames([Turn(k + 1, steps[k], frames[k]) for k in chosen], method)]
 
 
@@ -210,7 +212,7 @@ def composition(row: Row, rng: np.random.Generator, method: Method = WHOLE) -> l
     return [*prologue(given, instruction, method=method), *learned_frames([Turn(None, None, target)])]
 
 
-_PLANNED: dict[str, Any] = {"dropout": TOGETHER, "tokens": TURNS, "options": ("method", "history")}
+_PLANNED: dict[str, Any] = {"dropout": TOGETHER, "tokens": TURNS, "options": ("method", "history", "max_frames")}
 _COMPOSED: dict[str, Any] = {"dropout": TOGETHER, "tokens": ENTITY_TOKENS, "options": ("method",)}
 _PLAN_ALONE: dict[str, Any] = {"dropout": KEPT, "options": ("method",)}
 _image_tutorial = partial(tutorial, condition="last")

@@ -8,6 +8,7 @@ from loom_jax.core import ConfigError
 from loom_jax.document import TokenLayout
 from loom_jax.nn.attention import Attend, auto_attention, blockwise_attention, dense_attention
 from loom_jax.nn.document_attention import document_attention
+from loom_jax.nn.gpu_attention import gpu_attention
 from loom_jax.nn.tpu_attention import tpu_attention
 
 ATTENTION_BACKENDS: dict[str, Attend] = {
@@ -15,6 +16,7 @@ ATTENTION_BACKENDS: dict[str, Attend] = {
     "dense": dense_attention,
     "blockwise": blockwise_attention,
     "document": document_attention,
+    "gpu": gpu_attention,
     "tpu": tpu_attention,
 }
 """Backends by the name that configurations use; `auto` is what `choose_attention` makes of it."""
@@ -38,5 +40,5 @@ def choose_attention(name: str, platform: str) -> Attend:
     """
     if name not in ATTENTION_BACKENDS:
         raise ConfigError(f"attention={name!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
-    fastest: dict[str, Attend] = {"cpu": cpu_attention, "tpu": tpu_attention}
+    fastest: dict[str, Attend] = {"cpu": cpu_attention, "gpu": gpu_attention, "tpu": tpu_attention}
     return fastest.get(platform, auto_attention) if name == "auto" else ATTENTION_BACKENDS[name]

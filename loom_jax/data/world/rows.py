@@ -71,7 +71,7 @@ def open_world(recipe: str, paths: Sequence[str] = ()) -> WorldRows:
 
 def to_row(example: Example) -> dict[str, Any]:
     """Returns an example as a row, as described at `WorldRows`."""
-    pictures = [encode_png(picture) for picture in render(example.scenes)]
+    pictures = [_stored(picture) for picture in render(example.scenes)]
     given = len(example.conditions)
     if not example.steps:
         entities = [token for token, _ in example.conditions]
@@ -82,11 +82,11 @@ def to_row(example: Example) -> dict[str, Any]:
 
 def _captioned(example: Example) -> dict[str, Any]:
     (picture,) = render(example.frames[-1:])
-    return {"captions": json.dumps({"caption": example.instruction}), "image": encode_png(picture)}
+    return {"captions": json.dumps({"caption": example.instruction}), "image": _stored(picture)}
 
 
 def _edited(example: Example) -> dict[str, Any]:
-    pictures = [encode_png(picture) for picture in render([Scene(), *example.frames])]
+    pictures = [_stored(picture) for picture in render([Scene(), *example.frames])]
     return {"image_list": pictures, "instruction_list": [[step] for step in example.plan]}
 
 
@@ -97,8 +97,13 @@ _ROWS: dict[str, tuple[WorldTask, Callable[[Example], dict[str, Any]]]] = {
 }
 
 
-def encode_png(picture: np.ndarray) -> bytes:
+def encode_png(picture: np.ndarray, compress_level: int = 6) -> bytes:
     """Returns a picture, uint8 [H, W, 3], as a PNG file."""
     file = io.BytesIO()
-    PILImage.fromarray(picture).save(file, "PNG", compress_level=1)
+    PILImage.fromarray(picture).save(file, "PNG", compress_level=compress_level)
     return file.getvalue()
+
+
+def _stored(picture: np.ndarray) -> bytes:
+    """A picture as rows hold it: it is decoded right away, so that time counts and size does not."""
+    return encode_png(picture, compress_level=0)
