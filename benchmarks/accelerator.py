@@ -3,7 +3,7 @@
     python -m benchmarks accelerator --out accelerator.json
 
 Weights are drawn on the device. Training: --train-layers of the 28 layers at full width, all but the ViT trained by
-AdamW with bfloat16 parameters and float32 moments, one row of a text to image, an edit and a question with pictures of
+AdamW with bfloat16 parameters and float32 moments, --rows of a text to image, an edit and a question with pictures of
 --side pixels, latents given; MFU is the FLOPs of spec section 9, those of the vocabulary for labels alone, over the
 data sheet's peak. Sampling: all layers, one picture in 50 points, shift 3, guidance 4 on (0.4, 1], after a prompt read
 before: its FLOPs over the highest rate that a product of large matrices reached in this process. Text: tokens a second,
@@ -69,7 +69,7 @@ def train(config: LoomConfig, layers: int, args: argparse.Namespace) -> dict[str
         "model": to_mapping(config),
         "data": {
             "mixture": [{"name": "t2i", "source": "synthetic", "recipe": "t2i"}],
-            "rows": 1,
+            "rows": args.rows,
             "budget": dataclasses.asdict(need),
             "canvases": [{"height": args.side, "width": args.side, "count": 1}],
         },
@@ -82,7 +82,7 @@ def train(config: LoomConfig, layers: int, args: argparse.Namespace) -> dict[str
         "ema": {"decay": 0.0},
     }
     job = build_job(from_mapping(TrainConfig, recipe))
-    batch = global_batch(with_moments(pack([row], need, Tables.of(config)), config.latent_dim), job.mesh)
+    batch = global_batch(with_moments(pack([row] * args.rows, need, Tables.of(config)), config.latent_dim), job.mesh)
     state, metrics = job.step(job.new_state(), job.vae_params, batch)
 
     def step() -> Any:
@@ -96,12 +96,13 @@ def train(config: LoomConfig, layers: int, args: argparse.Namespace) -> dict[str
     # The formula counts an embedding and logits for every token, which would make much of a slice of few layers.
     vocabulary = 6.0 * config.decoder.vocab_size * config.decoder.hidden_size
     flops += vocabulary * (float(metrics.ce_count) - 2 * tokens)
-    return _row(f"training step, {layers} layers, {need.und + need.gen} tokens, remat {args.remat}", found, flops)
+    return _row(f"training step, {layers} layers, {tokens:.0f} tokens, remat {args.remat}", found, flops)
 
 
 def _row(work: str, found: tuple[float, float], flops: float | None = None) -> dict[str, Any]:
     (best, median), peak = found, peak_tflops(jax.devices()[0].device_kind)
     rate = None if flops is None else flops / best / 1e12
+    print(f"{work}: {best:.4g} s", flush=True)  # so that a run that is cut short has told what it found
     return {
         "work": work,
         "seconds": best,
@@ -177,7 +178,8 @@ def main(argv: list[str]) -> int:
     add("--layers", type=int, default=28, metavar="N", help="layers that sample; 0: none [28]")
     add("--train-layers", type=int, default=8, metavar="N", help="layers that are trained; 0: none [8]")
     add("--attention", default="auto", help="backend [auto]")
-    add("--remat", default="full", help="what the backward pass computes again [full]")
+    add("--rows", type=int, default=2, metavar="N", help="rows of a training step [2]")
+    add("--remat", default="dots", help="what the backward pass keeps [dots]")
     add("--repeats", type=int, default=5, metavar="N", help="measurements, of which the best counts [5]")
     args = parser.parse_args(argv)
     config = from_mapping(LoomConfig, bagel_7b.get_config().model.to_dict())

@@ -25,7 +25,7 @@ from loom_jax.configs import world_autoencoder
 WEIGHTS = {
     "tutorial": 4.0,
     "tutorial_frames": 4.0,
-    "tutorial_plan": 6.0,
+    "tutorial_plan": 8.0,
     "image_tutorial": 1.0,
     "image_tutorial_frames": 1.0,
     "image_tutorial_plan": 1.0,
@@ -103,7 +103,7 @@ def _second() -> ml_collections.ConfigDict:
     config.ema = {"decay": 0.998}
     config.save = {"every": 250, "keep_last": 2}
     config.watch = {"log_every": 10, "held_out_every": 500, "held_out_batches": 4}
-    config.data = _data(WEIGHTS, und=896, gen=640, vit=160, pictures=15)
+    config.data = _data(WEIGHTS, und=1024, gen=640, vit=160, pictures=15)
     config.held_out = _held_out(config.data)
     return config
 

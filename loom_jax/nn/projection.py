@@ -68,6 +68,7 @@ def _linear_dot_forward(x: jax.Array, kernel: jax.Array, inner: int, dtype: DTyp
 
 def _linear_dot_backward(inner: int, dtype: DTypeLike, saved: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
+    grad = grad.astype(x.dtype)  # of float32 logits: a product of float32 and bfloat16 would be one of float32
     rows = tuple(range(x.ndim - inner))
     outer = tuple(range(len(rows), grad.ndim)), tuple(range(inner, kernel.ndim))
     dx = jax.lax.dot_general(grad, kernel, (outer, ((), ())), preferred_element_type=dtype)

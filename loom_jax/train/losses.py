@@ -61,7 +61,7 @@ def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Arra
     def step(carry: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         peak, total, picked = carry
         number, weights = part
-        logits = jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
+        logits = linear_dot(hidden, weights, preferred_element_type=jnp.float32)
         logits = jnp.where(jnp.arange(width) * parts + number < vocab, logits, -jnp.inf)
         new_peak = jnp.maximum(peak, jax.lax.stop_gradient(logits.max(axis=-1)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None]).sum(axis=-1)
