@@ -48,6 +48,8 @@ PLATFORM_VARIABLES: Mapping[Accelerator, Mapping[str, str]] = {
                 "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
                 "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
                 "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
+                # cuBLAS for every product: docs/performance.md was measured so, and a start takes a minute.
+                "--xla_gpu_enable_triton_gemm=false",
             )
         ),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",

@@ -52,11 +52,14 @@ def assert_same_step(found, expected):
             assert not off.any(), (part, name)
 
 
-@pytest.mark.parametrize("preset", ["fsdp", "hsdp", "fsdp+tensor", "fsdp+context"])
-def test_a_preset_on_eight_devices_equals_one_device(preset):
+@pytest.mark.parametrize(
+    ("preset", "vocab_chunk"), [("fsdp", 16384), ("hsdp", 100), ("fsdp+tensor", 100), ("fsdp+context", 100)]
+)
+def test_a_preset_on_eight_devices_equals_one_device(preset, vocab_chunk):
     mesh = make_mesh(preset)
     assert mesh.size == 8
-    assert_same_step(training.take_step(training.config(f"mesh.preset={preset}"), mesh), alone())
+    config = training.config(f"mesh.preset={preset}", f"loss.vocab_chunk={vocab_chunk}")
+    assert_same_step(training.take_step(config, mesh), alone())
 
 
 @pytest.mark.parametrize("preset", ["single", pytest.param("fsdp+tensor", marks=pytest.mark.slow)])

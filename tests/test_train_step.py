@@ -29,7 +29,7 @@ from loom_jax.train import (
     split_model,
     update_ema,
 )
-from loom_jax.train.losses import vocabulary_chunks
+from loom_jax.train.cross_entropy import vocabulary_chunks
 from tests import training
 
 
@@ -243,11 +243,13 @@ def test_no_key_is_used_twice():
 
 @pytest.mark.parametrize("vocab", [96, 97, 130])
 @pytest.mark.parametrize("chunk", [1, 7, 32, 96, 1000])
-def test_chunked_cross_entropy_is_the_plain_one(vocab, chunk):
+@pytest.mark.parametrize("labelled", [0.0, 0.3, 0.9])
+def test_chunked_cross_entropy_is_the_plain_one(vocab, chunk, labelled):
     rng = np.random.default_rng(vocab)
-    hidden, kernel = rng.standard_normal((2, 5, 6), np.float32), rng.standard_normal((6, vocab), np.float32)
-    labels = rng.integers(0, vocab, (2, 5), np.int32)
-    labels[0, 1], labels[1, 0], labels[1, 1] = NO_TOKEN, vocab - 1, 0
+    hidden, kernel = rng.standard_normal((2, 11, 6), np.float32), rng.standard_normal((6, vocab), np.float32)
+    labels = np.where(rng.random((2, 11)) < labelled, rng.integers(0, vocab, (2, 11)), NO_TOKEN).astype(np.int32)
+    if labelled:
+        labels[0, 9], labels[1, 0], labels[1, 1] = NO_TOKEN, vocab - 1, 0
 
     def plain(hidden, kernel):
         return cross_entropy(hidden @ kernel, labels)
@@ -256,7 +258,7 @@ def test_chunked_cross_entropy_is_the_plain_one(vocab, chunk):
         return chunked_cross_entropy(hidden, kernel, labels, chunk)
 
     np.testing.assert_allclose(chunked(hidden, kernel), plain(hidden, kernel), rtol=1e-5, atol=1e-5)
-    weight = rng.standard_normal((2, 5), np.float32)
+    weight = rng.standard_normal((2, 11), np.float32)
     found, expected = (
         jax.grad(lambda h, k, f=f: (f(h, k) * weight).sum(), (0, 1))(hidden, kernel) for f in (chunked, plain)
     )
@@ -267,6 +269,24 @@ def test_vocabularies_are_cut_in_few_parts():
     assert vocabulary_chunks(152_064, 16_384) == 11  # divides: no column is filler
     assert vocabulary_chunks(151_681, 16_384) == 10  # a prime but one: filler instead of a part for each column
     assert vocabulary_chunks(500, 16_384) == 1
+
+
+def test_gradients_of_logits_are_rounded_like_activations():
+    """So that products with bfloat16 weights are of bfloat16, and padded tokens of other rows change nothing."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((2, 9, 16), (16, 70)))
+    labels = np.full((2, 9), NO_TOKEN, np.int32)
+    labels[0, [1, 7]], labels[1, 4] = (3, 69), 12
+
+    def loss(hidden, kernel, chunk):
+        return chunked_cross_entropy(hidden, kernel, labels, chunk).sum()
+
+    found, exact = (
+        jax.grad(loss, (0, 1))(hidden.astype(dtype), kernel.astype(dtype), 32) for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0.05, atol=0.02)
 
 
 def test_logits_of_the_whole_vocabulary_never_exist():
@@ -280,14 +300,14 @@ def test_logits_of_the_whole_vocabulary_never_exist():
 
     def visit(jaxpr):
         for equation in jaxpr.eqns:
-            sizes.update(v.aval.shape for v in equation.outvars if tokens in v.aval.shape)
+            sizes.update(v.aval.shape for v in equation.outvars if {tokens, tokens // 4} & {*v.aval.shape})
             for value in equation.params.values():
                 for inner in value if isinstance(value, tuple | list) else (value,):
                     if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
                         visit(getattr(inner, "jaxpr", inner))
 
     visit(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, vocab))).jaxpr)
-    assert max(int(np.prod(shape)) for shape in sizes) == tokens * 64
+    assert max(int(np.prod(shape)) for shape in sizes) == tokens // 4 * 64
 
 
 def test_every_field_of_the_loss_has_a_test_here():

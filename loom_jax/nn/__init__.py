@@ -19,6 +19,7 @@ from loom_jax.nn.flow import (
     velocity_target,
 )
 from loom_jax.nn.keys import Purpose, make_key
+from loom_jax.nn.permutation import permute
 from loom_jax.nn.projection import Projection, linear_dot, quantize_int8
 from loom_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
 from loom_jax.nn.stack import REMAT_POLICIES, scan_layers, stack_layers
@@ -44,6 +45,7 @@ __all__ = [
     "interpolate",
     "linear_dot",
     "make_key",
+    "permute",
     "quantize_int8",
     "rope_frequencies",
     "rope_tables",

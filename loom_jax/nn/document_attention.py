@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from loom_jax.document import NOISE, PADDING, TokenLayout
 from loom_jax.nn.attention import ATTENTION_OUTPUT
 from loom_jax.nn.attention_codes import NOBODY, Codes, attention_codes, meeting_blocks
+from loom_jax.nn.permutation import permute
 
 _MASKED, _START = -1e30, -1e29
 """The logit of a forbidden pair, and the least peak: above it, so that the pair's weight is 0 even in an empty row."""
@@ -115,23 +116,11 @@ class _Sorting:
 
     def sort(self, x: jax.Array) -> jax.Array:
         """Sorts [B, S, H, A]."""
-        return jnp.pad(_permute(x, self._places, self._back), ((0, 0), (0, self._extra), (0, 0), (0, 0)))
+        return jnp.pad(permute(x, self._places, self._back), ((0, 0), (0, self._extra), (0, 0), (0, 0)))
 
     def unsort(self, x: jax.Array) -> jax.Array:
         """Brings sorted [B, S, H, A], without filler, back."""
-        return _permute(x, self._back, self._places)
-
-
-@jax.custom_vjp
-def _permute(x: jax.Array, places: jax.Array, back: jax.Array) -> jax.Array:
-    """Gathers; the backward pass gathers with the inverse, which a compiler could not know to be no scatter."""
-    return jnp.take_along_axis(x, places[..., None, None], axis=1, mode="promise_in_bounds")
-
-
-_permute.defvjp(
-    lambda x, places, back: (_permute(x, places, back), (places, back)),
-    lambda saved, grad: (_permute(grad, saved[1], saved[0]), None, None),
-)
+        return permute(x, self._back, self._places)
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

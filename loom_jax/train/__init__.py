@@ -11,6 +11,7 @@ from loom_jax.train.config import (
     TrainConfig,
     WatchConfig,
 )
+from loom_jax.train.cross_entropy import chunked_cross_entropy, cross_entropy
 from loom_jax.train.drift import DriftCheck, odd_copies
 from loom_jax.train.flops import flop_coefficients, peak_tflops, training_flops
 from loom_jax.train.goodput import Goodput
@@ -21,8 +22,6 @@ from loom_jax.train.log import TrainLog
 from loom_jax.train.loop import Hook, Hooks, train
 from loom_jax.train.losses import (
     LossSums,
-    chunked_cross_entropy,
-    cross_entropy,
     loss_sums,
     mean_losses,
     split_timesteps,

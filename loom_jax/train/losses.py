@@ -11,7 +11,8 @@ from loom_jax.data import Streams, Targets
 from loom_jax.document import NO_TOKEN
 from loom_jax.models import Constrain, LoomModel, unconstrained
 from loom_jax.models.mot import Decoded
-from loom_jax.nn import Attend, auto_attention, interpolate, linear_dot, training_timesteps, velocity_target
+from loom_jax.nn import Attend, auto_attention, interpolate, training_timesteps, velocity_target
+from loom_jax.train.cross_entropy import chunked_cross_entropy
 
 
 class LossSums(NamedTuple):
@@ -26,53 +27,6 @@ class LossSums(NamedTuple):
     mse: jax.Array
     """Squared velocity error of noisy tokens, averaged over channels."""
     mse_count: jax.Array
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns -log p(label), float32 [...]; logits [..., vocab], labels [...], 0 where the label is NO_TOKEN."""
-    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(labels == NO_TOKEN, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
-def vocabulary_chunks(vocab: int, chunk: int) -> int:
-    """Returns a number of parts of a vocabulary that have at most `chunk` columns each.
-
-    It divides the vocabulary where a number of up to twice the least one does; else the last columns are filler.
-    """
-    least = -(-vocab // chunk)
-    return next((n for n in range(least, 2 * least + 1) if vocab % n == 0), least)
-
-
-def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
-    """Returns `cross_entropy` of hidden [..., D] @ kernel [D, vocab] with at most `chunk` columns of logits at once.
-
-    The backward pass computes each part's logits anew. Part i of n holds the columns i, i + n, i + 2n, ..., so that
-    every device of a sharded vocabulary has its share of every part.
-    """
-    vocab = kernel.shape[1]
-    parts = vocabulary_chunks(vocab, chunk)
-    if parts == 1:
-        logits = linear_dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return cross_entropy(logits, labels)
-    width = -(-vocab // parts)
-    filled = jnp.pad(kernel.astype(hidden.dtype), ((0, 0), (0, width * parts - vocab)))
-    columns = filled.reshape(kernel.shape[0], width, parts).transpose(2, 0, 1)
-
-    def step(carry: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
-        peak, total, picked = carry
-        number, weights = part
-        logits = linear_dot(hidden, weights, preferred_element_type=jnp.float32)
-        logits = jnp.where(jnp.arange(width) * parts + number < vocab, logits, -jnp.inf)
-        new_peak = jnp.maximum(peak, jax.lax.stop_gradient(logits.max(axis=-1)))
-        total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None]).sum(axis=-1)
-        own = (labels != NO_TOKEN) & (labels % parts == number)
-        value = jnp.take_along_axis(logits, jnp.maximum(labels // parts, 0)[..., None], axis=-1)[..., 0]
-        return (new_peak, total, picked + jnp.where(own, value, 0.0)), None
-
-    zero = jnp.zeros(labels.shape, jnp.float32)
-    start = (zero - jnp.inf, zero, zero)
-    (peak, total, picked), _ = jax.lax.scan(jax.checkpoint(step), start, (jnp.arange(parts), columns))
-    return jnp.where(labels == NO_TOKEN, 0.0, peak + jnp.log(total) - picked)
 
 
 def velocity_error(prediction: jax.Array, clean: jax.Array, noise: jax.Array, noisy: jax.Array) -> jax.Array:
