@@ -1,10 +1,12 @@
 """A small Loom that works: trained from nothing on the tutorial world, its small ViT with it.
 
 Command: loom train --config configs/world_autoencoder.py --workdir runs/world_autoencoder
+         loom train --config configs/world_autoencoder.py:decoder --workdir runs/world_decoder \\
+             --config.init_from=runs/world_autoencoder
          loom train --config configs/world_tiny.py --workdir runs/world_first
          loom convert from-run runs/world_first runs/world_first_model
          loom train --config configs/world_tiny.py:second --workdir runs/world_tiny \\
-             --config.init_from=runs/world_first_model --config.vae_from=runs/world_autoencoder
+             --config.init_from=runs/world_first_model --config.vae_from=runs/world_decoder
 Data: all five tasks of the tutorial world, drawn as they are needed; no combination that is held out is ever shown.
 Hardware: any CPU, hours on two cores, in float32; one GPU, minutes. It goes on where it was stopped. With two devices
 on a CPU of two cores a step takes less time: XLA_FLAGS=--xla_force_host_platform_device_count=2 before the command, and
