@@ -74,6 +74,8 @@ SIZES: dict[bool, tuple[dict[str, Any], dict[str, int], dict[str, int]]] = {
     ),
 }
 """Decoder, ViT and position tables of the release, and of the smoke run's model (cpu_step.smaller)."""
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, OSError)
+"""What a part that does not suit the device or its libraries raises."""
 STARTED = time.perf_counter()
 
 
@@ -261,7 +263,7 @@ def main() -> int:
             continue
         try:
             figures["rows"].append(part(modules, args))
-        except Exception as error:  # noqa: BLE001 (the other part is still of use)
+        except FAILURES as error:  # the other part is still of use
             traceback.print_exc()
             figures["failed"][part.__name__] = repr(error)[:500]
         gc.collect()

@@ -20,8 +20,6 @@ the planned rows give the plan instead of learning it: without it they can be dr
 a shift of 1 one draw in 24 has t > 0.85, with 4 one in 3, and it is near noise that what a thing is should be decided.
 """
 
-from typing import Any
-
 import ml_collections
 
 from loom_jax.configs import world_autoencoder
@@ -132,13 +130,13 @@ def mixture(weights: dict[str, float]) -> list[dict]:
     Every picture to be generated stands four times. Plans of tutorials are as long as the longest of the requests that
     are held out: how long a plan may be is not guessed from shorter ones, nor that its fourth frame is the last.
     """
-    entries: list[dict[str, Any]] = [
-        {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4, "paths": ()}
-        for name, weight in weights.items()
-    ]
-    for entry in entries:
-        if "tutorial" in entry["name"]:
-            entry["paths"] = ("train_long",)
-            if not entry["name"].endswith("_plan"):
-                entry["max_frames"] = MAX_FRAMES
-    return entries
+    return [_entry(name, weight) for name, weight in weights.items()]
+
+
+def _entry(name: str, weight: float) -> dict:
+    entry = {"name": name, "source": "world", "recipe": name, "weight": weight, "noisy_copies": 4, "paths": ()}
+    if "tutorial" in name:
+        entry["paths"] = ("train_long",)
+        if not name.endswith("_plan"):
+            entry["max_frames"] = MAX_FRAMES
+    return entry

@@ -41,7 +41,9 @@ def script(text: str) -> str:
 
 def follow(text: str, checkout: Path, minutes: float) -> str:
     """Runs the blocks of a page in a checkout; returns what was said."""
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    # What this run of make was given, such as ARGS=, is not for those of the page.
+    environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "ARGS")}
+    environ |= {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     command = ["bash", "-c", script(text)]
     done = subprocess.run(
