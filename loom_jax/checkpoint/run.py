@@ -27,6 +27,7 @@ import functools
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -256,7 +257,7 @@ class RunCheckpoints:
         if jax.process_index() == 0:
             for pattern in (_UNFINISHED, _DISCARDED):
                 for path in self._checkpoints.glob(pattern):
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
 
     def restore(self, abstract_state: Any, shardings: Any = None, step: int | None = None) -> Restored | None:
         """Restores a whole state onto any mesh; None where nothing is saved and no step is asked for.
@@ -465,6 +466,15 @@ def _encode(data: Any) -> dict[str, Any]:
 
 def _decode(stored: Mapping[str, Any]) -> Any:
     return base64.b64decode(stored["base64"]) if "base64" in stored else stored["json"]
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder into which the writers of a failed save may still write for a moment."""
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def _discard(path: Path) -> None:
