@@ -73,11 +73,15 @@ def output_and_gradients(q, k, v, q_layout, k_layout, weight, attend, block=None
 @given(drawn=layouts)
 def test_backends_equal_dense_forward_and_backward(attend, block, queries, drawn):
     """On random documents, splits, modes and padding; blocks that do not divide; fewer queries than keys."""
-    k_layout = batch_of(drawn)
+    assert_equals_dense(batch_of(drawn), queries, attend, block)
+
+
+def assert_equals_dense(k_layout, queries, *attend):
+    """Compares a backend, called as `output_and_gradients` does, for the first queries of a layout."""
     q_layout = first(k_layout, queries)
     q, k, v = qkv(queries)
     weight = np.random.default_rng(1).standard_normal(q.shape, np.float32)
-    out, gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, attend, block)
+    out, gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, *attend)
     expected, expected_gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, dense_attention)
     held = q_layout.document != PADDING
     np.testing.assert_allclose(out[held], expected[held], atol=2e-6)

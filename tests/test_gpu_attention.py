@@ -13,7 +13,18 @@ from loom_jax.document import CAUSAL, FULL, NOISE, PADDING, TokenLayout, may_att
 from loom_jax.nn import auto_attention, choose_attention, dense_attention
 from loom_jax.nn.attention_codes import attention_codes
 from loom_jax.nn.gpu_attention import Tile, Tiles, _lists, gpu_attention
-from tests.test_attention import KEYS, QUERIES, batch_of, first, layout_of, layouts, output_and_gradients, qkv, some
+from tests.test_attention import (
+    KEYS,
+    QUERIES,
+    assert_equals_dense,
+    batch_of,
+    first,
+    layout_of,
+    layouts,
+    output_and_gradients,
+    qkv,
+    some,
+)
 
 SMALL = Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 8, 4, 2))
 interpreted = functools.partial(gpu_attention, tiles=SMALL, interpret=True)
@@ -31,16 +42,8 @@ def sorted_by_document(layout):
 @given(drawn=layouts)
 def test_the_kernels_equal_dense_forward_and_backward(queries, drawn):
     """On random documents, splits, modes and padding; blocks that do not divide; fewer queries than keys."""
-    for k_layout in (batch_of(drawn), sorted_by_document(batch_of(drawn))):
-        q_layout = first(k_layout, queries)
-        q, k, v = qkv(queries)
-        weight = np.random.default_rng(1).standard_normal(q.shape, np.float32)
-        out, gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, interpreted)
-        expected, expected_gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, dense_attention)
-        held = q_layout.document != PADDING
-        np.testing.assert_allclose(out[held], expected[held], atol=2e-6)
-        for ours, theirs in zip(gradients, expected_gradients, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for layout in (batch_of(drawn), sorted_by_document(batch_of(drawn))):
+        assert_equals_dense(layout, queries, interpreted)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)

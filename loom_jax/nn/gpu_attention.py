@@ -190,13 +190,8 @@ def _dq_kernel(
     """One block of queries [q, A] of a head against all keys [N, A]."""
     blocks, counts, dq = refs
     scale = setting.scale * math.log2(math.e)
-    queries, grads, peak, mean, see = (
-        q[...],
-        grad[...],
-        lse[...][:, None],
-        delta[...][:, None],
-        (see[0], see[1], see[2]),
-    )
+    queries, grads, see = q[...], grad[...], (see[0], see[1], see[2])
+    peak, mean = lse[...][:, None], delta[...][:, None]
 
     def step(place: Any, sums: jax.Array, masked: bool) -> jax.Array:
         keys = k[place, :]
