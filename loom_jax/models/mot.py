@@ -16,6 +16,7 @@ from loom_jax.models.capture import Capture, Captured, Watched, layer_slots, no_
 from loom_jax.nn import (
     Attend,
     Projection,
+    RMSNorm,
     apply_rope,
     auto_attention,
     dense_attention,
@@ -82,14 +83,14 @@ class Expert(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, head = config.hidden_size, config.head_dim
         norm = {"epsilon": config.rms_norm_eps, **options}
-        self.input_norm = nnx.RMSNorm(width, **norm)
+        self.input_norm = RMSNorm(width, **norm)
         self.q_proj = Projection(width, (config.num_heads, head), **options)
         self.k_proj = Projection(width, (config.num_kv_heads, head), **options)
         self.v_proj = Projection(width, (config.num_kv_heads, head), **options)
         self.o_proj = Projection((config.num_heads, head), width, axis=(-2, -1), use_bias=False, **options)
-        self.q_norm = nnx.RMSNorm(head, **norm)
-        self.k_norm = nnx.RMSNorm(head, **norm)
-        self.post_attention_norm = nnx.RMSNorm(width, **norm)
+        self.q_norm = RMSNorm(head, **norm)
+        self.k_norm = RMSNorm(head, **norm)
+        self.post_attention_norm = RMSNorm(width, **norm)
         self.gate_proj = Projection(width, config.intermediate_size, use_bias=False, **options)
         self.up_proj = Projection(width, config.intermediate_size, use_bias=False, **options)
         self.down_proj = Projection(config.intermediate_size, width, use_bias=False, **options)
@@ -168,8 +169,8 @@ class FinalNorms(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         options: dict[str, Any] = {"epsilon": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        self.und = nnx.RMSNorm(config.hidden_size, rngs=rngs, **options)
-        self.gen = nnx.RMSNorm(config.hidden_size, rngs=rngs, **options)
+        self.und = RMSNorm(config.hidden_size, rngs=rngs, **options)
+        self.gen = RMSNorm(config.hidden_size, rngs=rngs, **options)
 
 
 class Decoder(nnx.Module):

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from loom_jax.core import SiglipConfig
 from loom_jax.document import FULL, PADDING, TokenLayout
-from loom_jax.nn import Attend, dense_attention, linear_dot, scan_layers, stack_layers
+from loom_jax.nn import Attend, LayerNorm, dense_attention, linear_dot, scan_layers, stack_layers
 
 
 class SiglipActivations(NamedTuple):
@@ -22,11 +22,6 @@ class SiglipActivations(NamedTuple):
     features: jax.Array
 
 
-def _layer_norm(config: SiglipConfig, options: dict[str, Any]) -> nnx.LayerNorm:
-    """Statistics and arithmetic in float32, by the squares of differences; the result in the compute dtype."""
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **options)
-
-
 class SiglipLayer(nnx.Module):
     """x += attention(norm x), then x += mlp(norm x), both with biases; gelu in its tanh form."""
 
@@ -34,12 +29,13 @@ class SiglipLayer(nnx.Module):
         width, heads = config.hidden_size, (config.num_heads, config.hidden_size // config.num_heads)
         options: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         linear = {**options, "dot_general": linear_dot}
-        self.layer_norm1 = _layer_norm(config, options)
+        norm: dict[str, Any] = {"epsilon": config.layer_norm_eps, **options}
+        self.layer_norm1 = LayerNorm(width, **norm)
         self.q_proj = nnx.LinearGeneral(width, heads, **linear)
         self.k_proj = nnx.LinearGeneral(width, heads, **linear)
         self.v_proj = nnx.LinearGeneral(width, heads, **linear)
         self.out_proj = nnx.LinearGeneral(heads, width, axis=(-2, -1), **linear)
-        self.layer_norm2 = _layer_norm(config, options)
+        self.layer_norm2 = LayerNorm(width, **norm)
         self.fc1 = nnx.Linear(width, config.intermediate_size, **linear)
         self.fc2 = nnx.Linear(config.intermediate_size, width, **linear)
 
@@ -72,7 +68,7 @@ class Siglip(nnx.Module):
         self.patch_embedding = nnx.Linear(config.patch_dim, width, rngs=rngs, **options)
         self.position_embedding = nnx.Embed(config.num_positions, width, rngs=rngs, **options)
         self.layers = stack_layers(lambda keys: SiglipLayer(config, rngs=keys, **options), config.num_layers, rngs)
-        self.post_layernorm = _layer_norm(config, {"rngs": rngs, **options})
+        self.post_layernorm = LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs, **options)
 
     def __call__(
         self,

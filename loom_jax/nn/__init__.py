@@ -1,4 +1,4 @@
-"""Layers and kernels without a model: attention, rope, position tables, the flow, stacking, random keys."""
+"""Layers and kernels without a model: attention, norms, rope, position tables, the flow, stacking, random keys."""
 
 from loom_jax.nn.attention import (
     ATTENTION_OUTPUT,
@@ -19,6 +19,7 @@ from loom_jax.nn.flow import (
     velocity_target,
 )
 from loom_jax.nn.keys import Purpose, make_key
+from loom_jax.nn.norm import LayerNorm, RMSNorm
 from loom_jax.nn.permutation import permute
 from loom_jax.nn.projection import Projection, linear_dot, quantize_int8
 from loom_jax.nn.rope import apply_rope, rope_frequencies, rope_tables
@@ -30,9 +31,11 @@ __all__ = [
     "ATTENTION_OUTPUT",
     "REMAT_POLICIES",
     "Attend",
+    "LayerNorm",
     "PositionTable",
     "Projection",
     "Purpose",
+    "RMSNorm",
     "TimestepEmbedder",
     "apply_rope",
     "attention_weights",

@@ -26,14 +26,16 @@ _MASKED, _START = -1e30, -1e29
 
 
 def document_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout, block_size: int = 64
+    q: jax.Array, k: jax.Array, v: jax.Array, q_layout: TokenLayout, k_layout: TokenLayout, block_size: int = 192
 ) -> jax.Array:
     """Computes attention over sorted blocks of queries; memory is linear in the length, forward and backward.
 
     Meant for CPUs, where a loop of unknown length costs nothing and what a block needs lies in the cache.
 
     Args:
-      block_size: queries of a block; lengths of ranges are counted in it.
+      block_size: queries of a block; lengths of ranges are counted in it. Shorter ones take in fewer pairs of others'
+        documents, but of two threads one often works alone: with 64, a step on documents of 300 to 820 tokens took 9 %
+        longer, one on documents of some 100 tokens 5 % less.
     """
     (batch, q_len, heads, width), groups = q.shape, k.shape[2]
     block = min(block_size, q_len)
