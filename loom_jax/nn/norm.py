@@ -87,6 +87,9 @@ def _sum_last(x: jax.Array) -> jax.Array:
 
 def _sum_rows(x: jax.Array) -> jax.Array:
     """[..., D] -> [D]."""
-    rows = x.reshape(-1, x.shape[-1])
-    ones = jnp.ones(len(rows), x.dtype)
-    return jax.lax.platform_dependent(rows, cpu=lambda rows: ones @ rows, default=lambda rows: rows.sum(axis=0))
+
+    def product(x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        return jnp.ones(len(rows), x.dtype) @ rows
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(axis=tuple(range(x.ndim - 1))))
