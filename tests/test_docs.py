@@ -103,7 +103,7 @@ def test_commands_in_the_manual_have_the_flags_they_show():
 
 @pytest.mark.slow
 def test_the_way_of_a_newcomer(clone):
-    """A clean clone, `make demo`, and every block of the quickstart."""
+    """A clean clone, `make demo` and every block of the quickstart, and `make test`, of one file: CI runs it whole."""
     quickstart = (clone / "docs" / "quickstart.md").read_text(encoding="utf-8")
     assert "make demo" in script(quickstart)
     follow(quickstart, clone, minutes=60)
@@ -112,6 +112,7 @@ def test_the_way_of_a_newcomer(clone):
     assert (clone / "out" / "demo" / "training" / "checkpoints" / "20").is_dir()
     assert (clone / "runs" / "tiny" / "checkpoints" / "6").is_dir()
     assert len(list((clone / "out" / "tutorial").rglob("turn_*.png"))) == 2
+    assert " passed" in follow("```\nmake test ARGS=tests/test_flow.py\n```\n", clone, minutes=20)
 
 
 @pytest.mark.slow
