@@ -192,8 +192,9 @@ def _cell(figure: Mapping[str, Any]) -> str:
     """`71.0 % ± 1.5 (-3.0 [-5.1, -0.9])`: mean and half the seeds' spread, and the difference in points."""
     if not figure["means"]:
         return ""
-    low, high = min(figure["means"]), max(figure["means"])
-    text = f"{np.mean(figure['means']):.1%} ± {50 * (high - low):.1f}"
+    text = f"{np.mean(figure['means']):.1%}"
+    if len(figure["means"]) > 1:
+        text += f" ± {50 * (max(figure['means']) - min(figure['means'])):.1f}"
     change = figure["difference"]
     if change is None:
         return text
