@@ -3,6 +3,12 @@
 import dataclasses
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +29,8 @@ from loom_jax.data.order import Order
 from loom_jax.document import ImageTokens, Method, unit_range
 from tests.data import TABLES, data_config, encoder, pipeline
 from tests.reference import CKPT
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def take(source, count):
@@ -92,6 +100,56 @@ def test_worker_processes_change_nothing(whole):
     batches, state = read(data_config(workers=2), 2)
     rest, _ = read(data_config(workers=1), 1, state)
     assert_same(batches + rest, whole[:3])
+
+
+WITH_WORKERS = """
+import itertools, multiprocessing, os, signal, sys
+from loom_jax.parallel import PreemptionNotice
+from tests.data import data_config, pipeline
+if __name__ == "__main__":
+    p = pipeline(data_config(workers=2))
+    with PreemptionNotice() as notice:
+        next(p)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        if sys.argv[1] == "stop":
+            os.killpg(0, signal.SIGTERM)
+            list(itertools.islice(p, 40))
+            print(notice.agreed(), flush=True)
+            p.close()
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def with_workers(tmp_path, how):
+    """Runs the script above in a group of its own; returns the numbers of its workers and what it said last."""
+    script = tmp_path / "with_workers.py"  # workers import the script that began them
+    script.write_text(WITH_WORKERS)
+    run = subprocess.run(
+        [sys.executable, str(script), how],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    assert run.stdout, run.stderr[-3000:]
+    first, *others = run.stdout.splitlines()
+    return [int(number) for number in first.split()], others, run.returncode
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_process_that_trains(tmp_path):
+    workers, said, status = with_workers(tmp_path, "stop")
+    assert len(workers) == 2 and said == ["True"] and status == 0
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    workers, _, status = with_workers(tmp_path, "kill")
+    assert len(workers) == 2 and status == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.1)
 
 
 def test_processes_together_make_the_batches_of_one():

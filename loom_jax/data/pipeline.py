@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import pickle
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -283,7 +287,26 @@ def _dataset(remaining: Remaining, reader: Reader, config: DataConfig, workers: 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only programs run by absl.app have parsed
     dataset = elements.map(_as_array).to_iter_dataset(read)
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=config.buffer))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=config.buffer)
+    return dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Makes a worker last as long as the process that trains, however that ends.
+
+    Who asks a whole group of processes to stop, as Ctrl-C and many launchers do, would otherwise take away the batches
+    that training needs until its checkpoint; and a process that is killed would leave its workers behind.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _as_array(element: Element) -> np.ndarray:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -24,6 +25,8 @@ from loom_jax.parallel.schedulers import find_place
 
 SHUTDOWN_SECONDS = 60
 """How long a process that ends waits for the others: one that failed must not keep them, nor be kept, for long."""
+ECHO_SECONDS = 2.0
+"""How long after a signal to stop others are its echo, not a second thought."""
 
 
 def start_distributed(
@@ -147,15 +150,21 @@ def _agree(error: Exception | None) -> None:
 class PreemptionNotice:
     """Notes a signal to stop, instead of dying of it, and lets all processes of a job stop after the same step.
 
-    While the `with` block lasts, the first of the signals sets a flag; a second one acts as if there were no block.
+    While the `with` block lasts, the first of the signals sets a flag, and those that follow at once are the same
+    notice: who sends one to a process and then to its group, as `timeout` does, means one. A later one acts as if there
+    were no block.
 
     Args:
       signals: by default SIGTERM, which clusters send before they take a machine away.
+      echo_seconds: how long signals after the first count as the same notice.
     """
 
-    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> None:
-        self.signals = signals
+    def __init__(
+        self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,), echo_seconds: float = ECHO_SECONDS
+    ) -> None:
+        self.signals, self.echo_seconds = signals, echo_seconds
         self.received = False
+        self._first = 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._asked: jax.Array | None = None
 
@@ -171,8 +180,11 @@ class PreemptionNotice:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        self._restore()
+        if not self.received:
+            self.received, self._first = True, time.monotonic()
+        elif time.monotonic() - self._first > self.echo_seconds:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -110,7 +110,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Path:
     state, first = (begin(_first(config, abstract)), 0) if restored is None else (restored.state, restored.step)
     step_of = jax.jit(make_step(config, graphdef, optimizer), donate_argnums=0)
     log = open_log(workdir / "metrics.jsonl", first)
-    with contextlib.closing(Pictures(config.pictures)) as pictures, log, checkpoints, PreemptionNotice() as notice:
+    with PreemptionNotice() as notice, contextlib.closing(Pictures(config.pictures)) as pictures, log, checkpoints:
         began = time.perf_counter()
         for step in range(first + 1, config.total_steps + 1):
             state, metrics = step_of(state, pictures[step])

@@ -68,12 +68,12 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
     log.say(f"{job.summary()}; {'starts anew' if first == 0 else f'goes on after step {first}'}")
 
     with (
+        PreemptionNotice() as notice,  # until the last checkpoint is written
         contextlib.closing(data),
         log,
         watch.begin(first, job.mesh, log),
         checkpoints,
         window as profile,
-        PreemptionNotice() as notice,
     ):
         for step in range(first + 1, config.total_steps + 1):
             began = time.perf_counter()
