@@ -18,6 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from loom_jax.core import run_command
+
 BENCHMARKS = {
     "attention": "each attention backend by length, against the dense one",
     "sampling": "guided pictures in one batched loop, against one branch and one request at a time",
@@ -73,4 +75,4 @@ def _run_all(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("python -m benchmarks", main, sys.argv[1:]))

@@ -1,13 +1,13 @@
 """Each attention backend by length of the packed row, against the dense one: forward, and forward and backward.
 
     python -m benchmarks attention --lengths 1024 4096 16384 --out attention.json
-    python -m benchmarks attention --heads 28 4 128 --lengths 8192 --backends gpu --tiles  # how the GPU kernels cut
+    python -m benchmarks attention --heads 28 4 128 --lengths 24788 --cells 64 --backends gpu --tiles
 
 A row holds documents as training packs them: a text, clean and noisy pictures, half of the tokens noise, the tokens of
 the und stream before those of the gen stream. The work that is needed is that of the pairs that may attend to each
 other; `share` is theirs of all pairs, the least part of the dense time that a backend could take. --picture adds what
-sampling computes: the 4,098 tokens of a noisy picture, which see themselves and a text of 60 tokens. A candidate that
-fails has its error in its row.
+sampling computes: the 4,098 tokens of a noisy picture, which see themselves and a text of 60 tokens. --tiles adds the
+GPU kernels with other tiles. A candidate that fails has its error in its row.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import best_and_median, parser_of, report
+from loom_jax.core import InputError
 from loom_jax.document import (
     PADDING,
     ImageTokens,
@@ -42,9 +43,9 @@ FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, Ex
 """What a candidate that does not suit the device or its libraries raises: the others are measured all the same."""
 
 VARIANTS = {
-    "forward": ((128, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
-    "dq": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 32, 8, 3), (128, 128, 8, 2)),
-    "dkv": ((64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 8, 3), (32, 128, 8, 3), (128, 64, 8, 2)),
+    "forward": ((64, 64, 4, 2), (64, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3)),
+    "dq": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 128, 8, 2)),
+    "dkv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (128, 64, 8, 2)),
 }
 """Other tiles of the GPU kernels: queries, keys, warps, stages."""
 
@@ -58,11 +59,13 @@ class Case(NamedTuple):
     kinds: Sequence[str] = ("forward", "gradient")
 
 
-def row_of(length: int) -> Case:
-    """Returns a row of documents with a text of 100 tokens, a clean picture and two noisy ones of 16 x 16."""
-    picture = {role: ImageTokens(role, (16, 16)) for role in ("clean", "noisy")}
+def row_of(length: int, side: int) -> Case:
+    """Returns a row of documents with a text of 100 tokens, a clean picture and two noisy ones of side x side cells."""
+    picture = {role: ImageTokens(role, (side, side)) for role in ("clean", "noisy")}
     one = lay_out([TextTokens((0,) * 98), picture["clean"], picture["noisy"], picture["noisy"]], SPECIAL)
     count = length // len(one.is_gen)
+    if count == 0:
+        raise InputError(f"--lengths {length} with --cells {side}: a document alone has {len(one.is_gen)} tokens")
     documents = [one.tokens._replace(document=one.tokens.document + number) for number in range(count)]
     streams = np.argsort(np.tile(one.is_gen, count), kind="stable")
     joined = TokenLayout(*(np.concatenate(parts)[streams] for parts in zip(*documents, strict=True)))
@@ -180,6 +183,7 @@ def main(argv: list[str]) -> int:
     parser = parser_of("attention", __doc__)
     add = parser.add_argument
     add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192], metavar="N", help="[1024 2048 4096 8192]")
+    add("--cells", type=int, default=16, metavar="N", help="of a side of the pictures in rows; 64: 1024 pixels [16]")
     add("--heads", type=int, nargs=3, default=[8, 4, 32], metavar="N", help="heads, key heads, width [8 4 32]")
     add("--repeats", type=int, default=5, metavar="N", help="measurements, of which the best counts [5]")
     add("--picture", action="store_true", help="also a picture of 64 x 64 cells as sampling computes it")
@@ -189,7 +193,8 @@ def main(argv: list[str]) -> int:
     if args.smoke:
         args.lengths, args.repeats = [1024], 1
     side = 8 if args.smoke else 64
-    cases = [*(row_of(n) for n in args.lengths), *([picture_of(side)] if args.picture or args.smoke else [])]
+    cases = [row_of(length, args.cells) for length in args.lengths]
+    cases += [picture_of(side)] if args.picture or args.smoke else []
     chosen = candidates(jax.default_backend(), args.tiles)
     if args.backends:
         chosen = {name: attend for name, attend in chosen.items() if name.startswith(tuple(args.backends))}
