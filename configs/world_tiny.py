@@ -96,7 +96,7 @@ def _second() -> ml_collections.ConfigDict:
         "interpolate_pos": False,
     }
     config.tokenizer = "world"
-    config.total_steps = 8_000
+    config.total_steps = 7_600
     config.frozen = ()
     config.compute_dtype = "float32"
     config.remat = "dots"
