@@ -1,7 +1,10 @@
 """`loom runs` and `loom sweep`: what they read from run folders, and the commands that a sweep runs."""
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -131,6 +134,40 @@ def test_all_combinations_are_run_each_in_its_folder(tmp_path, capsys):
         sweep.main([*base, "--set", "seed=1,1"])
     with pytest.raises(InputError, match="needs --config FILE and at least one --set"):
         sweep.main(base)
+
+
+STOPPING = """
+import signal, sys, time
+from pathlib import Path
+workdir = Path(sys.argv[sys.argv.index("--workdir") + 1])
+asked = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: asked.append(1))
+(workdir / "begun").touch()
+while not asked:
+    time.sleep(0.02)
+time.sleep(1)
+(workdir / "saved").touch()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_asked_to_stop_lets_its_run_save_first(tmp_path, how):
+    (tmp_path / "runner.py").write_text(STOPPING)
+    launcher = shlex.join([sys.executable, str(tmp_path / "runner.py")])
+    command = [sys.executable, "-m", "loom_jax.cli", "sweep", "--config", "c.py", "--workdir", str(tmp_path)]
+    command += ["--set", "seed=1,2", "--launcher", launcher]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "seed=1" / "begun").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+    else:
+        process.send_signal(how)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "asked to stop in run seed=1; the same command goes on" in errors
+    assert (tmp_path / "seed=1" / "saved").exists() and not (tmp_path / "seed=2").exists()
 
 
 RUNNER = """

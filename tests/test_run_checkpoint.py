@@ -299,29 +299,32 @@ def test_a_failure_shows_at_the_next_check(tmp_path):
     checkpoints.check()  # said once
 
 
-@pytest.fixture
-def heard():
-    """The SIGTERMs that come through."""
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT])
+def sent(request):
+    """A signal, and those of its kind that come through."""
     heard = []
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-    yield heard
-    signal.signal(signal.SIGTERM, before)
+    before = signal.signal(request.param, lambda *_: heard.append(1))
+    yield request.param, heard
+    signal.signal(request.param, before)
 
 
-def test_a_signal_asks_to_stop_and_its_echo_says_nothing_new(heard):
+def test_a_signal_asks_to_stop_and_its_echo_says_nothing_new(sent, capfd):
+    number, heard = sent
     with PreemptionNotice() as notice:
         assert not notice.agreed()
         for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         assert notice.agreed() and notice.agreed() and not heard
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     assert heard == [1]
+    assert capfd.readouterr().err.count("Ctrl-C once more ends at once") == (number == signal.SIGINT)
 
 
-def test_a_later_signal_acts_as_ever(heard):
+def test_a_later_signal_acts_as_ever(sent):
+    number, heard = sent
     with PreemptionNotice(echo_seconds=0.0) as notice:
         for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         assert notice.agreed() and heard == [1, 1]
 
 

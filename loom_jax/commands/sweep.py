@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -16,6 +17,7 @@ from loom_jax.core import ArgumentParser, InputError, LoomError
 
 NAME = "loom sweep"
 CONFIG = "--config"
+POLL_SECONDS = 0.2
 EPILOG = """examples:
   loom sweep --config configs/tiny.py --workdir runs/rates --set optimizer.learning_rate=1e-4,3e-4 --set seed=1,2
   loom sweep --config configs/tiny.py --workdir runs/two --set seed=1,2 --config.mesh.preset=hsdp \\
@@ -23,7 +25,8 @@ EPILOG = """examples:
   loom sweep --workdir runs/rates --table
 
 A run that is finished is not run again: the same command goes on where it stopped. Values with commas of their own are
-written in brackets or quotes: --set "data.canvases=[1,2],[3,4]"."""
+written in brackets or quotes: --set "data.canvases=[1,2],[3,4]". SIGTERM or Ctrl-C lets the run at
+hand save, and stops."""
 
 
 def main(argv: list[str]) -> int:
@@ -70,11 +73,23 @@ def main(argv: list[str]) -> int:
 
 
 def _run(command: Sequence[str], name: str) -> bool:
+    """Runs one run to its end, and says whether it went well; asked to stop, it lets the run save first."""
+    from loom_jax.parallel import PreemptionNotice  # jax, which --help does not need
+
     print(f"run {name}", flush=True)
-    try:
-        return subprocess.run(command, check=False).returncode == 0
-    except FileNotFoundError as error:
-        raise InputError(f"--launcher: there is no command {command[0]!r}") from error
+    with PreemptionNotice() as notice:
+        try:
+            process = subprocess.Popen(command)
+        except FileNotFoundError as error:
+            raise InputError(f"--launcher: there is no command {command[0]!r}") from error
+        while process.poll() is None and not notice.received:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=POLL_SECONDS)
+        if notice.received:
+            process.terminate()  # a Ctrl-C has reached it already, and this is its echo
+            process.wait()
+            raise LoomError(f"asked to stop in run {name}; the same command goes on from its last checkpoint")
+    return process.returncode == 0
 
 
 def parse_values(text: str) -> tuple[str, list[str]]:

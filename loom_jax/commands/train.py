@@ -20,7 +20,7 @@ EPILOG = """examples:
   loom train --config configs/tiny.py --workdir runs/tiny --replay-step 120
 
 --config.KEY=VALUE changes any key of the recipe; values are Python literals or plain text. The same command again goes
-on from the last checkpoint in the workdir. SIGTERM saves and stops."""
+on from the last checkpoint in the workdir. SIGTERM or Ctrl-C saves and stops."""
 
 
 def main(argv: list[str]) -> int:

@@ -155,12 +155,14 @@ class PreemptionNotice:
     were no block.
 
     Args:
-      signals: by default SIGTERM, which clusters send before they take a machine away.
+      signals: by default SIGTERM, which clusters send before they take a machine away, and SIGINT, a Ctrl-C.
       echo_seconds: how long signals after the first count as the same notice.
     """
 
     def __init__(
-        self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,), echo_seconds: float = ECHO_SECONDS
+        self,
+        signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT),
+        echo_seconds: float = ECHO_SECONDS,
     ) -> None:
         self.signals, self.echo_seconds = signals, echo_seconds
         self.received = False
@@ -182,6 +184,8 @@ class PreemptionNotice:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._first = True, time.monotonic()
+            if number == signal.SIGINT:  # somebody watches; print must not be used in a handler
+                os.write(2, b"stopping after this step, with a checkpoint; Ctrl-C once more ends at once\n")
         elif time.monotonic() - self._first > self.echo_seconds:
             self._restore()
             os.kill(os.getpid(), number)

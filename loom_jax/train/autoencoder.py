@@ -89,7 +89,7 @@ class AutoencoderState(NamedTuple):
 def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Path:
     """Trains until `config.total_steps`, going on where `workdir` stopped; returns the folder of the weights.
 
-    A SIGTERM ends the run after the step at hand, with a checkpoint.
+    A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint.
 
     Raises:
       CheckpointError: `workdir` belongs to another run.

@@ -43,7 +43,7 @@ Hooks = Callable[[Job, Path], Sequence[Hook]]
 def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> TrainState:
     """Trains until `config.total_steps`, going on where `workdir` stopped; returns the last state.
 
-    A SIGTERM ends the run after the step at hand, with a checkpoint.
+    A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint.
 
     Raises:
       ConfigError: the configuration cannot be used.
