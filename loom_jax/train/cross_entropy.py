@@ -13,8 +13,8 @@ from loom_jax.nn import linear_dot, permute
 _Sums = tuple[jax.Array, jax.Array, jax.Array]
 """Of each token: the highest logit so far, the sum of exponentials, the logit of the label."""
 
-_TOKEN_BLOCKS = 4
-"""Into so many blocks a row is cut: enough for most rows to leave some out."""
+TOKEN_BLOCKS = 4
+"""Into so many blocks a row is cut: enough for most rows to leave some out. With a label in each a step takes them all."""
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -57,10 +57,10 @@ def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Arra
 
 def _blocks(x: jax.Array, filler: int) -> jax.Array:
     """[B, U, ...] -> [n, B, U / n, ...], filled up."""
-    size = -(-x.shape[1] // _TOKEN_BLOCKS)
-    extra = [(0, 0), (0, size * _TOKEN_BLOCKS - x.shape[1]), *((0, 0),) * (x.ndim - 2)]
+    size = -(-x.shape[1] // TOKEN_BLOCKS)
+    extra = [(0, 0), (0, size * TOKEN_BLOCKS - x.shape[1]), *((0, 0),) * (x.ndim - 2)]
     x = jnp.pad(x, extra, constant_values=filler)
-    return jnp.moveaxis(x.reshape(len(x), _TOKEN_BLOCKS, size, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(len(x), TOKEN_BLOCKS, size, *x.shape[2:]), 1, 0)
 
 
 def _part_logits(hidden: jax.Array, weights: jax.Array, number: jax.Array, parts: int, vocab: int) -> jax.Array:

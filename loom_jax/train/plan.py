@@ -14,6 +14,7 @@ from loom_jax.core import ConfigError
 from loom_jax.data import Tables, abstract_batch
 from loom_jax.parallel import DATA_AXES, batch_sharding, make_mesh
 from loom_jax.train.config import TrainConfig
+from loom_jax.train.cross_entropy import TOKEN_BLOCKS
 from loom_jax.train.flops import peak_tflops, training_flops
 from loom_jax.train.hlo import Program, Work, read_program
 from loom_jax.train.job import Draft, draft_step
@@ -202,7 +203,8 @@ def plan_training(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
         "memory_limit": round(chip.memory_gib * GIB),
     }
     try:
-        compiled = compile_for_plan(draft.step.lower(state, draft.vae, batch))
+        # The one loop of a step over a traced range is that over blocks of tokens that have labels: all, at worst.
+        compiled = compile_for_plan(draft.step.lower(state, draft.vae, batch), TOKEN_BLOCKS)
     except MemoryError as error:
         return report | {"fits": False, "refused": str(error), "advice": advice(config, mesh, None)}
     memory |= {"temporary": compiled.temporary, "code": compiled.code}
