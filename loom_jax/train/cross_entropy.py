@@ -14,7 +14,7 @@ _Sums = tuple[jax.Array, jax.Array, jax.Array]
 """Of each token: the highest logit so far, the sum of exponentials, the logit of the label."""
 
 TOKEN_BLOCKS = 4
-"""Into so many blocks a row is cut: enough for most rows to leave some out. With a label in each a step takes them all."""
+"""Into so many blocks a row is cut: enough for most rows to leave some out. At worst a step takes them all."""
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
