@@ -23,6 +23,12 @@ a side: v5p:4x4x4 (64 chips, sold as v5p-128), v5p:2x4x4 (v5p-64), v6e:8x8 (v6e-
 7 B parameters compiles in some minutes. Exit status 1 says that the job does not fit."""
 GIB = 2.0**30
 
+NOTES = {
+    "gradients": "   by arithmetic",
+    "activations": "   with gathered weights: all else that the compiler sets aside",
+}
+"""What `describe` says beside a kind of memory."""
+
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 where the job does not fit.
@@ -127,9 +133,9 @@ def describe(report: dict[str, Any]) -> list[str]:
     if "tokens_per_row" in report:
         lines.append(f"{report['rows_per_shard']} rows of {report['tokens_per_row']:,} tokens on each data shard")
     lines.append(f"memory of a chip, GiB of {report['memory_limit'] / GIB:.2f}:")
-    lines += [f"  {kind:12} {size / GIB:8.2f}" for kind, size in report["memory"].items()]
+    lines += [f"  {kind:12} {size / GIB:8.2f}{NOTES.get(kind, '')}" for kind, size in report["memory"].items()]
     if "refused" in report:
-        return [*lines, f"does not fit: {report['refused']}", *_advice(report)]
+        return [*lines, f"does not fit: {report['refused']}", _counts(report), *_advice(report)]
     total, limit = report["memory_total"], report["memory_limit"]
     lines.append(
         f"  {'in all':12} {total / GIB:8.2f}   {'fits' if report['fits'] else 'does not fit'} with 10 % to spare"
@@ -147,14 +153,22 @@ def describe(report: dict[str, Any]) -> list[str]:
         f"seconds, estimated: {parts} = {s['serial']:.3f}; {s['overlapped']:.3f} if all is overlapped; "
         f"floor {report['floor_seconds']:.3f}"
     )
-    if "mfu" in report:
-        layers, mfu = report["layers"], report["mfu"]
-        lines += [
-            f"layers: {layers['seconds']:.3f} s, {layers['ratio']:.3f} x their matrix FLOPs at peak",
-            f"MFU, estimated: {mfu['serial']:.1%}; {mfu['overlapped']:.1%} if all is overlapped",
-            f"rows of a data shard that fit: {report.get('rows_compiled', report['rows_that_fit'])}",
-        ]
-    return [*lines, *_advice(report), f"compiled in {report['compile_seconds']:.0f} s"]
+    if "layers" in report:
+        layers = report["layers"]
+        lines.append(f"layers: {layers['seconds']:.3f} s, {layers['ratio']:.3f} x their matrix FLOPs at peak")
+    flops, mfu = "the formula" if "flops_formula" in report else "the FLOPs as compiled", report["mfu"]
+    lines.append(f"MFU of {flops}, estimated: {mfu['serial']:.1%}; {mfu['overlapped']:.1%} if all is overlapped")
+    return [*lines, _counts(report), *_advice(report), f"compiled in {report['compile_seconds']:.0f} s"]
+
+
+def _counts(report: dict[str, Any]) -> str:
+    """How many rows or pictures fit; where the compiler refused, no more than that these do not is known."""
+    rows = "rows_per_shard" in report
+    what, tried = ("rows of a data shard", report["rows_per_shard"]) if rows else ("pictures", report["pictures"])
+    if "refused" in report:
+        return f"{what} that fit: fewer than {tried}"
+    fit = report.get("rows_compiled", report["rows_that_fit"]) if rows else report["pictures_that_fit"]
+    return f"{what} that fit: {fit}"
 
 
 def _advice(report: dict[str, Any]) -> list[str]:

@@ -23,7 +23,15 @@ from loom_jax.models import Autoencoder, Backend, LoomModel
 from loom_jax.nn import choose_attention
 from loom_jax.parallel import batch_sharding, make_constrain, shard_attend, shardings_for
 from loom_jax.train import peak_tflops
-from loom_jax.train.plan import GIB, SPARE, bytes_per_chip, chip_of, compile_for_plan, time_of
+from loom_jax.train.plan import (
+    GIB,
+    bytes_per_chip,
+    chip_of,
+    compile_for_plan,
+    count_that_fits,
+    free_memory,
+    speed_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +51,8 @@ def plan_sampling(config: LoomConfig, mesh: Mesh, preset: str, attention: str, s
     Weights are bfloat16. All steps count as guided: those outside the guidance interval cost half.
 
     Returns:
-      Plain values for JSON, as `plan_training` gives them.
+      Plain values for JSON, as `plan_training` gives them; `activations` are all that the compiler sets aside, and
+      MFU and floor are of the matrix FLOPs as compiled.
 
     Raises:
       ConfigError: the model does not fit the mesh, or the chip is unknown.
@@ -72,19 +81,31 @@ def plan_sampling(config: LoomConfig, mesh: Mesh, preset: str, attention: str, s
     try:
         compiled = compile_for_plan(engine.lower_denoising(work, x, sampling.branches), sampling.steps)
     except MemoryError as error:
-        return report | {"fits": False, "refused": str(error)}
-    memory |= {"temporary": compiled.temporary, "code": compiled.code}
-    done = compiled.program.work
-    times = time_of(done, chip, peak)
+        return report | {"fits": False, "refused": str(error), "advice": advice(mesh, sampling.pictures // 2)}
+    memory |= {"activations": compiled.temporary, "code": compiled.code}
+    total = sum(memory.values())
+    fits = total <= free_memory(chip)
+    # Contexts and whatever is set aside grow with the pictures at most in proportion.
+    most = count_that_fits(chip, total, memory["contexts"] + memory["activations"], sampling.pictures)
     return report | {
-        "memory_total": sum(memory.values()),
-        "fits": sum(memory.values()) <= (1 - SPARE) * report["memory_limit"],
-        "flops_compiled": done.flops,
-        "floor_seconds": done.flops / peak,
-        "collectives": {k: {"calls": done.calls[k], "bytes": done.sent[k]} for k in sorted(done.sent)},
-        "seconds": {**dataclasses.asdict(times), "serial": times.serial, "overlapped": times.overlapped},
+        **speed_of(compiled.work, compiled.work.flops, chip, peak),
+        "memory_total": total,
+        "fits": fits,
+        "pictures_that_fit": most,
         "compile_seconds": compiled.seconds,
+        "advice": [] if fits else advice(mesh, most),
     }
+
+
+def advice(mesh: Mesh, fewer: int) -> list[str]:
+    """Returns what to change where pictures do not fit; `fewer` of them may, 0 where not even one does."""
+    out = [f"fewer pictures at once: --pictures {fewer}"] if fewer else []
+    if mesh.shape.get("data", 1) > 1:
+        out.append("cut the weights over more chips: --preset fsdp")
+    if mesh.size > 1 and mesh.shape.get("tensor", 1) == 1:
+        out.append("cut heads, mlp and vocabulary too, so that less is gathered at once: --preset fsdp+tensor")
+    out.append("halve the decoder's weights, which this plan counts as bfloat16: loom generate --quantize int8")
+    return out
 
 
 def _shapes(config: LoomConfig, mesh: Mesh, sampling: Sampling) -> tuple[Denoising, Any]:

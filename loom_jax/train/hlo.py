@@ -29,6 +29,7 @@ class Work:
       cycles: the compiler's estimate for each fused operation, added up; kernels and collectives have none.
       sent: collective -> bytes that the chip sends, by the ring algorithms.
       calls: collective -> how often.
+      loops: every loop whose length the program tells, those within loops too, as (rounds of one run, work of all runs).
     """
 
     flops: float = 0.0
@@ -36,6 +37,7 @@ class Work:
     cycles: float = 0.0
     sent: Counter[str] = dataclasses.field(default_factory=Counter)
     calls: Counter[str] = dataclasses.field(default_factory=Counter)
+    loops: list[tuple[int, Work]] = dataclasses.field(default_factory=list)
 
     def add(self, other: Work, times: float) -> None:
         """Adds another part, done `times` times."""
@@ -45,6 +47,10 @@ class Work:
         for kind in other.sent:
             self.sent[kind] += round(times * other.sent[kind])
             self.calls[kind] += round(times * other.calls[kind])
+        for length, loop in other.loops:
+            runs = Work()
+            runs.add(loop, times)
+            self.loops.append((length, runs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +61,7 @@ class _Instruction:
     rest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """All that a compiled module does, and what each of its loops does in all its rounds, as (rounds, work)."""
-
-    work: Work
-    loops: list[tuple[int, Work]]
-
-
-def read_program(text: str, loop_length: int = 1) -> Program:
+def read_program(text: str, loop_length: int = 1) -> Work:
     """Returns the work of a compiled module on one chip.
 
     Args:
@@ -71,8 +69,7 @@ def read_program(text: str, loop_length: int = 1) -> Program:
       loop_length: how often a loop runs whose length is not written in the program, as that over a traced range.
     """
     computations, entry = _computations(text)
-    reader = _Reader(computations, loop_length)
-    return Program(reader.work(entry), reader.loops)
+    return _Reader(computations, loop_length).work(entry)
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -95,7 +92,6 @@ class _Reader:
     def __init__(self, computations: Mapping[str, list[_Instruction]], loop_length: int):
         self.computations, self.loop_length = computations, loop_length
         self.known: dict[str, Work] = {}
-        self.loops: list[tuple[int, Work]] = []
 
     def work(self, name: str) -> Work:
         """The work of one run of a computation."""
@@ -113,9 +109,10 @@ class _Reader:
         total.cycles += int(cycles[1]) if cycles else 0
         if kind == "while":
             length, rounds = self._length(_called(rest, "condition")), Work()
-            rounds.add(self.work(_called(rest, "body")), length)
-            self.loops.append((length, rounds))
+            rounds.add(self.work(_called(rest, "body")), length or self.loop_length)
             total.add(rounds, 1)
+            if length:  # loops within it stand beside it in the list, not in its own
+                total.loops.append((length, dataclasses.replace(rounds, loops=[])))
         elif kind == "conditional":
             branches = re.findall(r"%([\w.\-]+)", rest.partition("branch_computations={")[2].partition("}")[0])
             branches += [b for key in ("true", "false") if (b := _called(rest, f"{key}_computation"))]
@@ -141,14 +138,14 @@ class _Reader:
             work.sent["reduce-scatter"] = self.work(called).sent["all-reduce"] // 2
         total.add(work, 1)
 
-    def _length(self, condition: str) -> int:
-        """How often a loop runs: the bound in its condition."""
+    def _length(self, condition: str) -> int | None:
+        """How often a loop runs: the bound in its condition, None where it has none."""
         bounds = [
             int(match[1])
             for i in self.computations.get(condition, [])
             if i.kind == "constant" and i.shape.startswith("s32[]") and (match := re.match(r"(\d+)\)", i.rest))
         ]
-        return max(bounds, default=self.loop_length)
+        return max(bounds, default=None)
 
 
 def _called(rest: str, key: str) -> str:

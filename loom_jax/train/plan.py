@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from loom_jax.core import ConfigError
@@ -16,7 +17,7 @@ from loom_jax.parallel import DATA_AXES, batch_sharding, make_mesh
 from loom_jax.train.config import TrainConfig
 from loom_jax.train.cross_entropy import TOKEN_BLOCKS
 from loom_jax.train.flops import peak_tflops, training_flops
-from loom_jax.train.hlo import Program, Work, read_program
+from loom_jax.train.hlo import Work, read_program
 from loom_jax.train.job import Draft, draft_step
 
 GIB = 2.0**30
@@ -91,13 +92,14 @@ class CompiledProgram:
     """A program compiled for a chip that is not there, as far as a plan asks.
 
     Attributes:
+      work: what it does on one chip.
       temporary: bytes set aside besides arguments: activations, gradients, gathered weights.
       code: bytes of the program itself.
       optimal_seconds: the compiler's own total, which counts every loop body once; negative where it has no idea.
       seconds: that compiling took.
     """
 
-    program: Program
+    work: Work
     temporary: int
     code: int
     optimal_seconds: float
@@ -119,7 +121,7 @@ def compile_for_plan(lowered: Any, loop_length: int = 1) -> CompiledProgram:
         raise MemoryError(str(error).strip().splitlines()[0]) from error
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return CompiledProgram(
-        program=read_program(compiled.as_text(), loop_length),
+        work=read_program(compiled.as_text(), loop_length),
         temporary=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         optimal_seconds=cost.get("optimal_seconds", math.nan),
@@ -145,6 +147,16 @@ def state_memory(draft: Draft, batch: Any) -> dict[str, int]:
         "autoencoder": bytes_per_chip(draft.vae),
         "batch": bytes_per_chip(batch),
     }
+
+
+def gradient_memory(draft: Draft) -> int:
+    """Returns the bytes of one chip's share of the gradients, by arithmetic: as many values as are trained.
+
+    They are of the parameters' dtype, but float32 where those of micro-batches are added up.
+    """
+    trainable, summed = draft.state.trainable, draft.parts.config.microbatches > 1
+    gradients = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32 if summed else a.dtype), trainable)
+    return bytes_per_chip(gradients, draft.shardings.trainable)
 
 
 def fit_config(config: TrainConfig, mesh: Mesh, rows: int | None, tokens: int | None) -> TrainConfig:
@@ -178,7 +190,9 @@ def plan_training(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
       config: from `fit_config`.
 
     Returns:
-      Plain values for JSON; bytes, FLOPs and seconds on one chip. `fits` means with SPARE of the memory left.
+      Plain values for JSON; bytes, FLOPs and seconds on one chip. `fits` means with SPARE of the memory left. What
+      the compiler sets aside is `gradients`, by arithmetic (see `gradient_memory`), and the rest, `activations`, with
+      gathered weights among them. Where the compiler refuses, `refused` says why, and what it did not say is missing.
 
     Raises:
       ConfigError: the configuration does not fit the mesh, or the chip is unknown.
@@ -191,7 +205,7 @@ def plan_training(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     place = batch_sharding(mesh)
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), draft.state, draft.shardings)
-    memory = state_memory(draft, batch)
+    memory = state_memory(draft, batch) | {"gradients": gradient_memory(draft)}
     rows = config.data.rows // math.prod(mesh.shape.get(axis, 1) for axis in DATA_AXES)
     report: dict[str, Any] = {
         "chips": mesh.size,
@@ -203,49 +217,64 @@ def plan_training(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
         "memory_limit": round(chip.memory_gib * GIB),
     }
     try:
-        # The one loop of a step over a traced range is that over blocks of tokens that have labels: all, at worst.
+        # On TPUs all loops of a step over traced ranges are those over blocks of tokens with labels: all, at worst.
         compiled = compile_for_plan(draft.step.lower(state, draft.vae, batch), TOKEN_BLOCKS)
     except MemoryError as error:
         return report | {"fits": False, "refused": str(error), "advice": advice(config, mesh, None)}
-    memory |= {"temporary": compiled.temporary, "code": compiled.code}
-    report |= _speed(config, mesh, compiled, chip, peak, rows)
+    gradients = min(memory["gradients"], compiled.temporary)
+    memory |= {"gradients": gradients, "activations": compiled.temporary - gradients, "code": compiled.code}
+    report |= _speed(config, mesh, compiled.work, chip, peak, rows)
     total = sum(memory.values())
-    free = (1 - SPARE) * report["memory_limit"]
-    fixed = total - memory["temporary"]
+    fits = total <= free_memory(chip)
     return report | {
         "memory_total": total,
-        "fits": total <= free,
+        "fits": fits,
         # Whatever is set aside grows with the rows at most in proportion.
-        "rows_that_fit": max(0, math.floor((free - fixed) / max(1, compiled.temporary) * rows)),
+        "rows_that_fit": count_that_fits(chip, total, compiled.temporary, rows),
+        "optimal_seconds": compiled.optimal_seconds,
         "compile_seconds": compiled.seconds,
-        "advice": advice(config, mesh, total <= free),
+        "advice": advice(config, mesh, fits),
     }
 
 
-def _speed(
-    config: TrainConfig, mesh: Mesh, compiled: CompiledProgram, chip: Chip, peak: float, rows: int
-) -> dict[str, Any]:
+def free_memory(chip: Chip) -> float:
+    """Returns the bytes of a chip that a plan may fill."""
+    return (1 - SPARE) * round(chip.memory_gib * GIB)
+
+
+def count_that_fits(chip: Chip, total: int, growing: int, count: int) -> int:
+    """Returns how many fit where `count` of them take `total` bytes, of which `growing` grow in proportion to them."""
+    return max(0, math.floor((free_memory(chip) - (total - growing)) / max(1, growing) * count))
+
+
+def speed_of(work: Work, flops: float, chip: Chip, peak: float) -> dict[str, Any]:
+    """Returns what a report says of speed; `flops` are those that its floor and MFU count, `peak` is in FLOP/s."""
+    times = time_of(work, chip, peak)
+    floor = flops / peak
+    return {
+        "flops_compiled": work.flops,
+        "floor_seconds": floor,
+        "collectives": {k: {"calls": work.calls[k], "bytes": work.sent[k]} for k in sorted(work.sent)},
+        "seconds": {**dataclasses.asdict(times), "serial": times.serial, "overlapped": times.overlapped},
+        "mfu": {"serial": floor / times.serial, "overlapped": floor / times.overlapped},
+    }
+
+
+def _speed(config: TrainConfig, mesh: Mesh, work: Work, chip: Chip, peak: float, rows: int) -> dict[str, Any]:
     """What the compiled step does, and how long it should take."""
-    work = compiled.program.work
     budget, decoder = config.data.budget, config.model.decoder
     tokens = budget.und + budget.gen
     shards = math.prod(mesh.shape.get(axis, 1) for axis in DATA_AXES)
     # A document that fills the row: the mask lets about half of all pairs through.
     formula = training_flops(decoder, tokens * rows, rows * tokens**2 / 2) * shards / mesh.size
-    times = time_of(work, chip, peak)
     layers = Work()
-    for length, loop in compiled.program.loops:
+    for length, loop in work.loops:
         if length == decoder.num_layers:
             layers.add(loop, 1)
     layer_times = time_of(layers, chip, peak)
     return {
+        **speed_of(work, formula, chip, peak),
         "flops_formula": formula,
-        "flops_compiled": work.flops,
-        "floor_seconds": formula / peak,
-        "collectives": {k: {"calls": work.calls[k], "bytes": work.sent[k]} for k in sorted(work.sent)},
-        "seconds": {**dataclasses.asdict(times), "serial": times.serial, "overlapped": times.overlapped},
-        "optimal_seconds": compiled.optimal_seconds,
-        "mfu": {"serial": formula / peak / times.serial, "overlapped": formula / peak / times.overlapped},
         "layers": {
             "seconds": layer_times.compute + layer_times.kernels,
             "matrix_seconds": layers.flops / peak,
