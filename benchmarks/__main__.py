@@ -24,6 +24,7 @@ BENCHMARKS = {
     "attention": "each attention backend by length, against the dense one",
     "sampling": "guided pictures in one batched loop, against one branch and one request at a time",
     "training": "a step against the dense mask and both experts on every token; the input pipeline against the step",
+    "remat": "seconds and memory of a step under each remat policy",
     "cpu_step": "a training step and a picture on a CPU, beside the floor and the PyTorch original",
     "compilation": "seconds to compile the step, by the number of layers",
     "packing": "how full packed rows are",

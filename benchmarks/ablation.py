@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from loom_jax import api
+from loom_jax.commands.sweep import run_child
 from loom_jax.configs.world_ablation import IDEAS
+from loom_jax.core import LoomError
 from loom_jax.data.world import WorldTask
 from loom_jax.document import HistoryPolicy, Method
 from loom_jax.evaluate import Measurement, WorldSuite, measure, paired_difference, run_suite
@@ -91,8 +92,12 @@ def _train(variant: str, folder: Path, changes: Mapping[str, Any], args: argpars
         settings += args.set_base if variant == "base" else []
         loom = [sys.executable, "-m", "loom_jax.cli"]
         command = [*loom, "train", "--config", f"{CONFIG}:{variant}", "--workdir", str(folder)]
-        subprocess.run([*command, *(f"--config.{setting}" for setting in settings)], check=True)
-        subprocess.run([*loom, "convert", "from-run", str(folder), str(model)], check=True)
+        for words in (
+            [*command, *(f"--config.{setting}" for setting in settings)],
+            [*loom, "convert", "from-run", str(folder), str(model)],
+        ):
+            if status := run_child(words):
+                raise LoomError(f"{' '.join(words)} ended with status {status}; the same command goes on")
     return model
 
 

@@ -24,8 +24,8 @@ from loom_jax.configs import bagel_7b
 MESHES = {
     # v5p counts cores, two a chip: 32 chips of 95 GiB.
     "v5p-64": {"mesh": {"preset": "fsdp"}, "rows": 32},
-    # 64 chips of 32 GiB: 4.6 GiB of state and gradient each.
-    "v6e-64": {"mesh": {"preset": "fsdp"}, "rows": 64},
+    # 64 chips of 32 GiB: twice 32, for 3584 over 64 ends within a tile; 8.2 GiB of state and gradient each.
+    "v6e-64": {"mesh": {"preset": "hsdp", "axes": ("data", "fsdp"), "sizes": (2, 32)}, "rows": 64},
     # One node of 8 x 80 GB: 37 GB of state and gradient each. Also for 8 H200.
     "h100-8": {"mesh": {"preset": "fsdp"}, "rows": 8},
     "h200-8": {"mesh": {"preset": "fsdp"}, "rows": 16},

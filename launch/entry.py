@@ -1,7 +1,6 @@
 """What every process of a job runs: `python -m loom_jax.launch.entry [--dry-run] COMMAND ...`, a command of `loom`.
 
-It finds its place among the processes from the scheduler's variables, and says by its exit status whether a run that
-was asked to stop is to go on.
+It finds its place among the processes from the scheduler's variables.
 """
 
 from __future__ import annotations
@@ -9,16 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from loom_jax import cli
-from loom_jax.core import ConfigError, InputError, read_heartbeats, run_command
-from loom_jax.launch.job import COMMANDS, STOPPED, is_shared
+from loom_jax.core import STOPPED, ConfigError, InputError, run_command
+from loom_jax.launch.job import COMMANDS, is_shared
 
 USAGE = f"""usage: python -m loom_jax.launch.entry [--dry-run] COMMAND ...
 
 The processes of a job: COMMAND is one of {", ".join(COMMANDS)}, with its own arguments.
-Exit status {STOPPED}: a training run was asked to stop, and has saved.
+Its exit status is that of the command; {STOPPED}: a training was asked to stop, and has saved.
 --dry-run says where this process stands in its job, and runs nothing.
 
 example:
@@ -42,12 +40,7 @@ def main(argv: list[str]) -> int:
     if dry_run:
         print(f"{where}: {' '.join(['loom', command, *rest])}")
         return 0
-    status = cli.main([command, *rest])
-    workdir = _value(rest, "--workdir")
-    if status == 0 and command == "train" and workdir is not None:
-        stopped = any(beat.state == "stopped" and beat.pid == os.getpid() for beat in read_heartbeats(Path(workdir)))
-        return STOPPED if stopped else 0
-    return status
+    return cli.main([command, *rest])
 
 
 def describe(command: str, arguments: Sequence[str]) -> str:

@@ -17,9 +17,6 @@ COMMANDS: tuple[str, ...] = ("train", "generate", "convert", "evaluate")
 SHARED: tuple[tuple[str, ...], ...] = (("train",), ("convert", "to-orbax"))
 """First words of what several processes work on together; all else is one process on the devices of one machine."""
 
-STOPPED = 75
-"""Exit status of a run that has saved and ended because of a signal: the same command goes on."""
-
 TPU_SELECTORS: Mapping[str, tuple[str, int]] = {
     "v4": ("tpu-v4-podslice", 4),
     "v5e": ("tpu-v5-lite-podslice", 4),

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from loom_jax.core import ConfigError, LoomError, read_heartbeats, silent_processes
-from loom_jax.launch.job import STOPPED, JobDescription
+from loom_jax.core import STOPPED, ConfigError, LoomError, read_heartbeats, silent_processes
+from loom_jax.launch.job import JobDescription
 
 BAD_INPUT = 2
 """Exit status of a command that was given something it cannot use."""

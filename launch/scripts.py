@@ -8,8 +8,8 @@ import shlex
 
 import jinja2
 
-from loom_jax.core import ConfigError
-from loom_jax.launch.job import STOPPED, JobDescription
+from loom_jax.core import STOPPED, ConfigError
+from loom_jax.launch.job import JobDescription
 
 
 @dataclasses.dataclass(frozen=True)

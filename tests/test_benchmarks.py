@@ -37,6 +37,7 @@ def test_an_unknown_benchmark_is_named(capsys):
         ("attention", "backend"),
         ("compilation", "layers"),
         ("packing", "data"),
+        ("remat", "remat"),
         ("sampling", "way"),
         ("training", "what"),
     ],

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from loom_jax.core import (
+    STOPPED,
     ConfigError,
     Heartbeat,
     HeartbeatFile,
@@ -29,7 +30,6 @@ from loom_jax.core import (
 from loom_jax.launch import (
     KINDS,
     PLATFORM_VARIABLES,
-    STOPPED,
     Accelerator,
     JobDescription,
     LocalJob,

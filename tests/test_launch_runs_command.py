@@ -157,16 +157,23 @@ def test_a_sweep_that_is_asked_to_stop_lets_its_run_save_first(tmp_path, how):
     launcher = shlex.join([sys.executable, str(tmp_path / "runner.py")])
     command = [sys.executable, "-m", "loom_jax.cli", "sweep", "--config", "c.py", "--workdir", str(tmp_path)]
     command += ["--set", "seed=1,2", "--launcher", launcher]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background ignore
+    )
+    deadline = time.monotonic() + 60
     while not (tmp_path / "seed=1" / "begun").exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.02)
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does
     else:
         process.send_signal(how)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "asked to stop in run seed=1; the same command goes on" in errors
+    assert process.returncode == 1 and "asked to stop; the same command goes on" in errors
     assert (tmp_path / "seed=1" / "saved").exists() and not (tmp_path / "seed=2").exists()
 
 

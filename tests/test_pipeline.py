@@ -103,7 +103,7 @@ def test_worker_processes_change_nothing(whole):
 
 
 WITH_WORKERS = """
-import itertools, multiprocessing, os, signal, sys
+import itertools, multiprocessing, os, signal, sys, threading
 from loom_jax.parallel import PreemptionNotice
 from tests.data import data_config, pipeline
 if __name__ == "__main__":
@@ -111,7 +111,13 @@ if __name__ == "__main__":
     with PreemptionNotice() as notice:
         next(p)
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-        if sys.argv[1] == "stop":
+        if sys.argv[1] == "start":
+            later = threading.Timer(float(sys.argv[2]), lambda: os.killpg(0, signal.SIGTERM))
+            later.start()
+            list(itertools.islice(pipeline(data_config(workers=2)), 2))
+            later.join()
+            print(notice.agreed(), flush=True)
+        elif sys.argv[1] == "stop":
             os.killpg(0, signal.SIGTERM)
             list(itertools.islice(p, 40))
             print(notice.agreed(), flush=True)
@@ -121,12 +127,12 @@ if __name__ == "__main__":
 """
 
 
-def with_workers(tmp_path, how):
+def with_workers(tmp_path, *how):
     """Runs the script above in a group of its own; returns the numbers of its workers and what it said last."""
     script = tmp_path / "with_workers.py"  # workers import the script that began them
     script.write_text(WITH_WORKERS)
     run = subprocess.run(
-        [sys.executable, str(script), how],
+        [sys.executable, str(script), *how],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -143,13 +149,25 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_process_that_trai
     assert len(workers) == 2 and said == ["True"] and status == 0
 
 
+@pytest.mark.parametrize("seconds", ["0.3", "1.2"])
+def test_workers_that_are_just_begun_outlive_a_signal_too(tmp_path, seconds):
+    _, said, status = with_workers(tmp_path, "start", seconds)
+    assert said == ["True"] and status == 0
+
+
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
     workers, _, status = with_workers(tmp_path, "kill")
     assert len(workers) == 2 and status == -signal.SIGKILL
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline, "workers are left"
         time.sleep(0.1)
+
+
+def is_running(number):
+    """Whether a process is there, and is not one that has ended and waits for somebody to ask."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True).stdout
+    return bool(state.strip()) and not state.startswith("Z")
 
 
 def test_processes_together_make_the_batches_of_one():

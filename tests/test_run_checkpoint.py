@@ -317,7 +317,7 @@ def test_a_signal_asks_to_stop_and_its_echo_says_nothing_new(sent, capfd):
         assert notice.agreed() and notice.agreed() and not heard
     os.kill(os.getpid(), number)
     assert heard == [1]
-    assert capfd.readouterr().err.count("Ctrl-C once more ends at once") == (number == signal.SIGINT)
+    assert capfd.readouterr().err.count("saves after this step") == (number == signal.SIGINT)
 
 
 def test_a_later_signal_acts_as_ever(sent):

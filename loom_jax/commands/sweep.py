@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loom_jax.commands.runs import print_table, read_state, row
-from loom_jax.core import ArgumentParser, InputError, LoomError
+from loom_jax.core import STOPPED, ArgumentParser, InputError, LoomError
 
 NAME = "loom sweep"
 CONFIG = "--config"
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     Raises:
       InputError: bad usage.
-      LoomError: at least one of the runs failed; the table is printed before.
+      LoomError: at least one of the runs failed, and the table is printed before; or one was asked to stop.
     """
     parser = ArgumentParser(prog=NAME, description="Train one recipe with lists of overrides.", epilog=EPILOG)
     add = parser.add_argument
@@ -72,24 +72,41 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _run(command: Sequence[str], name: str) -> bool:
-    """Runs one run to its end, and says whether it went well; asked to stop, it lets the run save first."""
+def run_child(command: Sequence[str]) -> int:
+    """Runs a command to its end and returns its exit status; asked to stop, asks it once and lets it save first.
+
+    Raises:
+      LoomError: this process was asked to stop.
+      FileNotFoundError: there is no such command.
+    """
     from loom_jax.parallel import PreemptionNotice  # jax, which --help does not need
 
-    print(f"run {name}", flush=True)
     with PreemptionNotice() as notice:
+        # In a session of its own a Ctrl-C does not reach it besides.
+        process = subprocess.Popen(command, start_new_session=True)
         try:
-            process = subprocess.Popen(command)
-        except FileNotFoundError as error:
-            raise InputError(f"--launcher: there is no command {command[0]!r}") from error
-        while process.poll() is None and not notice.received:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=POLL_SECONDS)
-        if notice.received:
-            process.terminate()  # a Ctrl-C has reached it already, and this is its echo
-            process.wait()
-            raise LoomError(f"asked to stop in run {name}; the same command goes on from its last checkpoint")
-    return process.returncode == 0
+            while process.poll() is None and not notice.received:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=POLL_SECONDS)
+            if notice.received:
+                process.terminate()
+                process.wait()
+        finally:
+            process.terminate()  # where a later Ctrl-C ends both at once
+    if notice.received:
+        raise LoomError("asked to stop; the same command goes on from the last checkpoint")
+    return process.returncode
+
+
+def _run(command: Sequence[str], name: str) -> bool:
+    print(f"run {name}", flush=True)
+    try:
+        status = run_child(command)
+    except FileNotFoundError as error:
+        raise InputError(f"--launcher: there is no command {command[0]!r}") from error
+    if status == STOPPED:
+        raise LoomError(f"run {name} was asked to stop, and has saved; the same command goes on")
+    return status == 0
 
 
 def parse_values(text: str) -> tuple[str, list[str]]:

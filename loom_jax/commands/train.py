@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loom_jax.core import ArgumentParser, ConfigError, InputError, apply_overrides, from_mapping
+from loom_jax.core import STOPPED, ArgumentParser, ConfigError, InputError, apply_overrides, from_mapping
 
 if TYPE_CHECKING:
     from loom_jax.train import TrainConfig
@@ -20,11 +20,11 @@ EPILOG = """examples:
   loom train --config configs/tiny.py --workdir runs/tiny --replay-step 120
 
 --config.KEY=VALUE changes any key of the recipe; values are Python literals or plain text. The same command again goes
-on from the last checkpoint in the workdir. SIGTERM or Ctrl-C saves and stops."""
+on from the last checkpoint in the workdir. SIGTERM or Ctrl-C saves and stops, with status 75."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command.
+    """Runs the command; returns STOPPED where it was asked to stop and has saved.
 
     Raises:
       InputError: bad usage, or a configuration that cannot be used.
@@ -68,17 +68,18 @@ def main(argv: list[str]) -> int:
     from loom_jax.generate.samples import sample_hooks
     from loom_jax.train import train
 
-    train(config, args.workdir, sample_hooks)
+    state = train(config, args.workdir, sample_hooks)
     print(args.workdir)
-    return 0
+    return 0 if int(state.step) >= config.total_steps else STOPPED
 
 
 def _train_autoencoder(recipe: dict[str, Any], overrides: list[str], workdir: Path) -> int:
     from loom_jax.train import AutoencoderTrainConfig, train_autoencoder
 
-    train_autoencoder(from_mapping(AutoencoderTrainConfig, apply_overrides(recipe, overrides)), workdir)
+    config = from_mapping(AutoencoderTrainConfig, apply_overrides(recipe, overrides))
+    state = train_autoencoder(config, workdir)
     print(workdir)
-    return 0
+    return 0 if int(state.step) >= config.total_steps else STOPPED
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

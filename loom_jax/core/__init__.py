@@ -1,6 +1,6 @@
 """Configuration dataclasses, errors, and how a command reports them. Imports no jax and nothing else of the package."""
 
-from loom_jax.core.command import ArgumentParser, run_command
+from loom_jax.core.command import STOPPED, ArgumentParser, run_command
 from loom_jax.core.config import (
     AutoencoderConfig,
     DecoderConfig,
@@ -22,6 +22,7 @@ from loom_jax.core.heartbeat import HEARTBEATS, Heartbeat, HeartbeatFile, read_h
 
 __all__ = [
     "HEARTBEATS",
+    "STOPPED",
     "ArgumentParser",
     "AutoencoderConfig",
     "CheckpointError",

@@ -12,6 +12,8 @@ from loom_jax.core.errors import InputError, LoomError
 
 BAD_INPUT = 2
 FAILED = 1
+STOPPED = 75
+"""Of a training that has saved and ended because of a signal: the same command goes on."""
 INTERRUPTED = 130
 
 

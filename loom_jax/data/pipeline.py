@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,9 @@ class Pipeline:
             _Shard(config, sources, reader, tables, shard, -(-config.workers // own))
             for shard in range(process_index * own, (process_index + 1) * own)
         ]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loom-data")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="loom-data", initializer=_shield_workers if config.workers else None
+        )
         self._coming: Future[tuple[TrainBatch, State, dict[str, float]]] | None = None
         self.stats: dict[str, float] = {}
         self._state = self._snapshot()
@@ -291,13 +294,22 @@ def _dataset(remaining: Remaining, reader: Reader, config: DataConfig, workers: 
     return dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
 
 
-def _end_with_parent(index: int, count: int) -> None:
-    """Makes a worker last as long as the process that trains, however that ends.
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _shield_workers() -> None:
+    """Blocks signals to stop in this thread, for the worker processes that it begins have its mask.
 
     Who asks a whole group of processes to stop, as Ctrl-C and many launchers do, would otherwise take away the batches
-    that training needs until its checkpoint; and a process that is killed would leave its workers behind.
+    that training needs until its checkpoint.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    resource_tracker.ensure_running()  # begun later, it would unblock them again
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Makes a worker last as long as the process that trains, however that ends: also if it is killed."""
+    for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

@@ -6,7 +6,7 @@ For a training loop:
   shardings = state_shardings(abstract_state, (trainable, frozen), mesh, preset)
   constrain = make_constrain(mesh)                            handed to the models
   begin, end = row_range(mesh, rows)                          rows of each batch that this process makes
-  with PreemptionNotice() as notice: ... notice.agreed()      SIGTERM to any process stops all after the same step
+  with PreemptionNotice() as notice: ... notice.agreed()      a signal to any process stops all after the same step
   batch = global_batch(local_batch, mesh)                     global arrays, for a jit with batch_sharding(mesh)
 """
 

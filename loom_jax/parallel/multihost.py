@@ -152,7 +152,7 @@ class PreemptionNotice:
 
     While the `with` block lasts, the first of the signals sets a flag, and those that follow at once are the same
     notice: who sends one to a process and then to its group, as `timeout` does, means one. A later one acts as if there
-    were no block.
+    were no block. A signal that the process ignores, as a shell makes its background jobs ignore SIGINT, stays ignored.
 
     Args:
       signals: by default SIGTERM, which clusters send before they take a machine away, and SIGINT, a Ctrl-C.
@@ -172,8 +172,9 @@ class PreemptionNotice:
 
     def __enter__(self) -> Self:
         for number in self.signals:
-            # None stands for a handler that was not set from Python, as that of jax.distributed.
-            self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                # None stands for a handler that was not set from Python, as that of jax.distributed.
+                self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
         return self
 
     def __exit__(
@@ -184,8 +185,9 @@ class PreemptionNotice:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._first = True, time.monotonic()
-            if number == signal.SIGINT:  # somebody watches; print must not be used in a handler
-                os.write(2, b"stopping after this step, with a checkpoint; Ctrl-C once more ends at once\n")
+            if number == signal.SIGINT:
+                with contextlib.suppress(OSError):  # nobody may read it; print must not be used in a handler
+                    os.write(2, b"asked to stop: saves after this step; Ctrl-C again, seconds later, ends without\n")
         elif time.monotonic() - self._first > self.echo_seconds:
             self._restore()
             os.kill(os.getpid(), number)

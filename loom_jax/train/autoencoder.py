@@ -86,8 +86,8 @@ class AutoencoderState(NamedTuple):
     optimizer: optax.OptState
 
 
-def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Path:
-    """Trains until `config.total_steps`, going on where `workdir` stopped; returns the folder of the weights.
+def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> AutoencoderState:
+    """Trains until `config.total_steps`, going on where `workdir` stopped; returns the last state.
 
     A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint.
 
@@ -128,10 +128,12 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Path:
                 checkpoints.save(step, state, None, {"preempted": step < config.total_steps and stop})
             checkpoints.check()
             if stop:
+                text = f"stopped after step {step} of {config.total_steps}, with a checkpoint"
+                console().print(text, highlight=False, soft_wrap=True)
                 break
     if int(state.step) == config.total_steps:
         _finish(workdir, state)
-    return workdir / WEIGHTS
+    return state
 
 
 def make_step(config: AutoencoderTrainConfig, graphdef: Any, optimizer: optax.GradientTransformation) -> Any:

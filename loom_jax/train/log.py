@@ -5,6 +5,7 @@ Every line of metrics.jsonl is a step with its loss; what else happens is a line
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -201,10 +202,16 @@ def open_log(path: Path, step: int) -> TextIO:
 
 
 def console() -> Any:
-    """Returns where lines for people go."""
+    """Returns where lines for people go; once nobody reads them they are dropped: training goes on."""
     from rich.console import Console
 
-    return Console()
+    class Lasting(Console):
+        def on_broken_pipe(self) -> None:
+            """What rich does, but for ending the process."""
+            with contextlib.suppress(SystemExit):
+                super().on_broken_pipe()
+
+    return Lasting()
 
 
 def _memory() -> dict[str, float]:
