@@ -1,7 +1,9 @@
 """Training an autoencoder by a recipe of its own, and a model on top of it."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ from flax import nnx
 
 from loom_jax.checkpoint import restore_params
 from loom_jax.cli import main
-from loom_jax.core import AutoencoderConfig, CheckpointError, ConfigError, InputError
+from loom_jax.core import STOPPED, AutoencoderConfig, CheckpointError, ConfigError, InputError
 from loom_jax.data import MixtureEntry, Pictures, PicturesConfig
 from loom_jax.models import Autoencoder
 from loom_jax.train import restore_autoencoder
@@ -82,6 +84,23 @@ class TestTraining:
             return [line["loss"] for line in lines(workdir)]
 
         assert losses(tmp_path / "run") == losses(finished)
+
+    def test_a_ctrl_c_saves_and_the_run_goes_on(self, finished, tmp_path, monkeypatch, capfd):
+        class Interrupting(Pictures):
+            def __getitem__(self, number):
+                if number == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return super().__getitem__(number)
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+        with monkeypatch.context() as patch:
+            patch.setattr("loom_jax.train.autoencoder.Pictures", Interrupting)
+            assert train(tmp_path / "run", "total_steps=6") == STOPPED
+        signal.signal(signal.SIGINT, before)
+        said = capfd.readouterr()
+        assert "stopped after step 3 of 6, with a checkpoint" in said.out and "saves after this step" in said.err
+        assert train(tmp_path / "run", "total_steps=6") == 0
+        assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(finished)]
 
     def test_a_folder_of_another_autoencoder_is_refused(self, finished, capsys):
         assert train(finished, "total_steps=6", "vae.z_channels=5") == 2

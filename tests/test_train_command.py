@@ -1,12 +1,13 @@
 """`loom train` as it is typed: variants of recipes, and one clear line for whatever cannot be used."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from loom_jax.checkpoint import start_run
 from loom_jax.commands.train import main, read_config, read_recipe
-from loom_jax.core import InputError, run_command
+from loom_jax.core import STOPPED, InputError, run_command
 from loom_jax.document import Tokenizer
 from tests import training
 
@@ -102,6 +103,12 @@ def test_a_workdir_of_another_model_is_refused(small, tmp_path, capsys):
     status, lines = run(tmp_path, capsys, config=small)
     assert status == 2 and len(lines) == 1
     assert "is a run of another model" in lines[0] and "max_latent_size" in lines[0]
+
+
+@pytest.mark.parametrize(("step", "status"), [(5, STOPPED), (6, 0)])
+def test_a_run_that_was_stopped_says_so_by_its_status(step, status, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("loom_jax.train.train", lambda *_: SimpleNamespace(step=step))
+    assert run(tmp_path, capsys, "--config.total_steps=6", config=small)[0] == status == (75 if step < 6 else 0)
 
 
 def test_help_shows_a_command_that_reads(capsys):

@@ -112,6 +112,24 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path):
     assert own[0] == own[1]
 
 
+UNREAD = """
+import sys
+from pathlib import Path
+from loom_jax.train.log import console
+for line in range(3):
+    console().print("x" * 100_000, highlight=False, soft_wrap=True)
+Path(sys.argv[1]).touch()
+"""
+
+
+def test_lines_that_nobody_reads_any_more_do_not_end_a_run(tmp_path):
+    """As `loom train ... | tee FILE` where a Ctrl-C has ended tee."""
+    command = [sys.executable, "-c", UNREAD, str(tmp_path / "went on")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and (tmp_path / "went on").exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

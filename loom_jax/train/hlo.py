@@ -29,7 +29,7 @@ class Work:
       cycles: the compiler's estimate for each fused operation, added up; kernels and collectives have none.
       sent: collective -> bytes that the chip sends, by the ring algorithms.
       calls: collective -> how often.
-      loops: every loop whose length the program tells, those within loops too, as (rounds of one run, work of all runs).
+      loops: every loop of known length, those within loops too, as (rounds of one run, work of all its runs).
     """
 
     flops: float = 0.0
