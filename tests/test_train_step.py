@@ -218,11 +218,26 @@ def test_the_step_compiles_once_and_transfers_nothing_by_itself():
     batches = [next(data) for _ in range(3)]
     data.close()
     job.step.clear_cache()
+    before = state
     with jax.transfer_guard("disallow"):
         for batch in batches:
             state, metrics = job.step(state, job.vae_params, global_batch(batch, job.mesh))
     assert job.step._cache_size() == 1
     assert int(metrics.skipped) == 0
+    # Its memory is that of the next state.
+    assert all(a.is_deleted() for a in jax.tree.leaves((before.trainable, before.ema, before.optimizer)))
+
+
+def test_a_deeper_model_is_no_larger_a_program():
+    """Layers are scanned, so compiling 28 of them takes no longer than 4."""
+
+    def size(layers):
+        config = training.config(f"model.decoder.num_layers={layers}")
+        draft = draft_step(config, make_mesh("single"))
+        batch = jax.eval_shape(lambda: training.train_batch(config))
+        return len(draft.step.lower(draft.state, draft.vae, batch).as_text())
+
+    assert size(28) < 1.01 * size(4)
 
 
 def test_no_key_is_used_twice():
