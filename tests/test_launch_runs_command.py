@@ -151,19 +151,21 @@ time.sleep(1)
 """
 
 
+HEARING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background ignore
+from loom_jax.cli import main
+sys.exit(main())
+"""
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_asked_to_stop_lets_its_run_save_first(tmp_path, how):
     (tmp_path / "runner.py").write_text(STOPPING)
     launcher = shlex.join([sys.executable, str(tmp_path / "runner.py")])
-    command = [sys.executable, "-m", "loom_jax.cli", "sweep", "--config", "c.py", "--workdir", str(tmp_path)]
+    command = [sys.executable, "-c", HEARING, "sweep", "--config", "c.py", "--workdir", str(tmp_path)]
     command += ["--set", "seed=1,2", "--launcher", launcher]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background ignore
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "seed=1" / "begun").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
