@@ -47,9 +47,9 @@ def first(layout, count):
     return TokenLayout(*(a[:, :count] for a in layout))
 
 
-def qkv(queries=QUERIES, seed=0):
+def qkv(queries=QUERIES, seed=0, keys=KEYS):
     rng = np.random.default_rng(seed)
-    shapes = (BATCH, queries, HEADS, WIDTH), (BATCH, KEYS, KV_HEADS, WIDTH), (BATCH, KEYS, KV_HEADS, WIDTH)
+    shapes = (BATCH, queries, HEADS, WIDTH), (BATCH, keys, KV_HEADS, WIDTH), (BATCH, keys, KV_HEADS, WIDTH)
     return tuple(rng.standard_normal(s, np.float32) for s in shapes)
 
 
@@ -79,7 +79,7 @@ def test_backends_equal_dense_forward_and_backward(attend, block, queries, drawn
 def assert_equals_dense(k_layout, queries, *attend):
     """Compares a backend, called as `output_and_gradients` does, for the first queries of a layout."""
     q_layout = first(k_layout, queries)
-    q, k, v = qkv(queries)
+    q, k, v = qkv(queries, keys=k_layout.document.shape[1])
     weight = np.random.default_rng(1).standard_normal(q.shape, np.float32)
     out, gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, *attend)
     expected, expected_gradients = output_and_gradients(q, k, v, q_layout, k_layout, weight, dense_attention)

@@ -46,6 +46,15 @@ def test_the_kernels_equal_dense_forward_and_backward(queries, drawn):
         assert_equals_dense(layout, queries, interpreted)
 
 
+@pytest.mark.parametrize("queries", [300, 190])
+def test_the_tiles_in_use_equal_dense(queries):
+    """Blocks of different sizes for each kernel, and lengths that none of them divides."""
+    documents = [(CAUSAL, 60), (FULL, 90), (NOISE, 70), (CAUSAL, 33)], [(CAUSAL, 41), (NOISE, 35), (NOISE, 170)]
+    layout = batch_of([(documents, 0), (documents, 1)], 300)
+    for tokens in (layout, sorted_by_document(layout)):
+        assert_equals_dense(tokens, queries, functools.partial(gpu_attention, interpret=True))
+
+
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(drawn=layouts)
 def test_lists_hold_every_block_with_an_allowed_pair_and_full_ones_first(drawn):

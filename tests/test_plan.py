@@ -37,7 +37,7 @@ from loom_jax.train.plan import (
     state_memory,
 )
 from tests.sources import ROOT
-from tests.test_attention import batch_of, first, layout_of, layouts
+from tests.test_attention import assert_equals_dense, batch_of, first, layout_of, layouts
 from tests.test_gpu_attention import sorted_by_document
 
 ROUNDS, ROWS, INNER, OUTER, PARTS = 5, 24, 40, 72, 3
@@ -301,7 +301,7 @@ interpreted = functools.partial(tpu_attention, block_size=128, interpret=True)
 
 @pytest.mark.parametrize(("queries", "seed"), [(500, 0), (200, 5)])
 def test_the_tpu_kernel_equals_dense_forward_and_backward(queries, seed):
-    assert_kernel_equals_dense(both(500, queries, seed)[1], queries, seed)
+    assert_equals_dense(both(500, queries, seed)[1], queries, interpreted)
 
 
 def several_blocks(drawn):
@@ -316,22 +316,7 @@ def several_blocks(drawn):
 def test_the_tpu_kernel_equals_dense_on_random_layouts(queries, drawn):
     """On random documents, splits, modes and padding, in any order and in that of documents: blocks are skipped."""
     for layout in (several_blocks(drawn), sorted_by_document(several_blocks(drawn))):
-        assert_kernel_equals_dense(layout, queries, 0)
-
-
-def assert_kernel_equals_dense(k_layout, queries, seed):
-    q_layout = first(k_layout, queries)
-    rng = np.random.default_rng(seed)
-    keys = k_layout.document.shape[1]
-    shapes = (2, queries, HEADS, WIDTH), (2, keys, KV_HEADS, WIDTH), (2, keys, KV_HEADS, WIDTH)
-    q, k, v = (rng.standard_normal(shape, np.float32) for shape in shapes)
-    held = q_layout.document != PADDING
-    weight = np.where(held[..., None, None], rng.standard_normal(q.shape, np.float32), 0)
-    out, gradients = outputs(q, k, v, weight, q_layout, k_layout, interpreted)
-    expected, expected_gradients = outputs(q, k, v, weight, q_layout, k_layout, dense_attention)
-    np.testing.assert_allclose(out[held], expected[held], atol=2e-6)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        assert_equals_dense(layout, queries, interpreted)
 
 
 def test_the_tpu_kernel_is_finite_where_nobody_sees_anybody():
