@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,6 +123,20 @@ def test_moments_lie_as_their_parameters_do():
     specs = {factored[path].shape: leaves[path].spec for path in (rows, columns)}
     assert specs == {(3, 160): jax.P(None, ("fsdp",)), (3, 136): jax.P(None, ("tensor",))}
     assert all(not any(leaves[path].spec) for path in leaves if path.endswith("count") or path == "step")
+
+
+@pytest.mark.parametrize("lost", ["meta", "state/d"])
+def test_a_damaged_checkpoint_can_be_removed_to_go_on(tmp_path, lost):
+    state = {"trainable": {"lm_head": {"kernel": jnp.ones((4, 3))}}}
+    with RunCheckpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state)
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / lost)
+    with pytest.raises(CheckpointError, match="checkpoints/2 .*remove it to go on from an older step"):
+        RunCheckpoints(tmp_path).restore(state)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    restored = RunCheckpoints(tmp_path).restore(state)
+    assert restored is not None and restored.step == 1
 
 
 def test_policies_keep_the_newest_and_the_round_ones(tmp_path):
@@ -326,6 +341,19 @@ def test_a_later_signal_acts_as_ever(sent):
         for _ in range(3):
             os.kill(os.getpid(), number)
         assert notice.agreed() and heard == [1, 1]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it runs in the background
+    try:
+        with PreemptionNotice() as notice:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not notice.agreed()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert notice.agreed()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_folder_is_made_once_and_says_what_it_is(tmp_path):

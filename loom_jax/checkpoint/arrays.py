@@ -50,6 +50,9 @@ STATE = "state"
 COMMITTED = "commit_success.txt"
 """File that Orbax writes last."""
 
+DAMAGED = "convert or save it again; of a run, remove it to go on from an older step"
+"""The way out where a checkpoint is whole by its mark, but cannot be read."""
+
 STACKED = "layers"
 """Path component below which parameters are stacked along a layer axis."""
 
@@ -285,10 +288,10 @@ def stored_params(path: Path | str) -> dict[str, StoredParam]:
         if isinstance(path, str):
             return _stored_at(path)
         tree = ocp.metadata(path.absolute()).metadata
+        if tree is None:  # Orbax only logs why
+            raise ValueError("its leaves cannot be listed")
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} holds no readable Orbax checkpoint ({_first_line(error)}): convert or save it again"
-        ) from error
+        raise CheckpointError(f"{path} holds no readable Orbax checkpoint ({_first_line(error)}): {DAMAGED}") from error
     leaves, _ = flatten_params(tree)
     return {name: StoredParam(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
 
@@ -338,9 +341,7 @@ def read_pieces(path: Path | str, name: str, axis: int) -> Iterator[np.ndarray]:
             piece = (*(slice(None),) * axis, slice(begin, min(begin + step, store.shape[axis])))
             yield store[piece].read().result()
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read near {name} ({_first_line(error)}): convert or save it again"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read near {name} ({_first_line(error)}): {DAMAGED}") from error
 
 
 def _load(path: Path | str, abstract: Mapping[str, Any], largest: int) -> Any:
@@ -352,7 +353,7 @@ def _load(path: Path | str, abstract: Mapping[str, Any], largest: int) -> Any:
             return ocp.load(path.absolute(), nested(abstract))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read near {next(iter(abstract))} ({_first_line(error)}): convert or save it again"
+            f"{path} cannot be read near {next(iter(abstract))} ({_first_line(error)}): {DAMAGED}"
         ) from error
 
 

@@ -380,7 +380,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         with _context():
             return ocp.load_checkpointables(path, {name: None})[name]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({arrays.cause(error)}): give another --step") from error
+        raise CheckpointError(f"{path} cannot be read ({arrays.cause(error)}): {arrays.DAMAGED}") from error
 
 
 def _context() -> ocp.Context:
