@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def main(argv: list[str]) -> int:
     unknown = sorted(set(args.variant or ()) - set(IDEAS))
     if unknown:
         sys.exit(f"--variant {unknown[0]}: there are {', '.join(IDEAS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    changes = {"set": args.set, "set_base": args.set_base}
+    _claim(args.runs, "--runs", changes)
+    _claim(args.out, "--out", changes | {"count": args.count})
     for seed in range(1, args.seeds + 1):  # all variants once, before any of them twice
         for variant in args.variant or IDEAS:
             saved = args.out / f"{variant},seed={seed}.json"
@@ -59,11 +61,28 @@ def main(argv: list[str]) -> int:
                 part = saved.with_suffix(".part")
                 part.write_text(json.dumps(_score(variant, model, args.count)) + "\n", encoding="utf-8")
                 part.replace(saved)
-            count = json.loads(saved.read_text(encoding="utf-8"))["count"]
-            if count != args.count:
-                sys.exit(f"{saved} has {count} requests of each task, not --count {args.count}: give another --out")
             _write(args.out)
     return 0
+
+
+def _claim(folder: Path, flag: str, recipe: Mapping[str, Any]) -> None:
+    """Makes a folder for what comes of one recipe, or checks that it is for this one."""
+    record = folder / "recipe.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            record.write_text(json.dumps(recipe) + "\n", encoding="utf-8")
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{flag} {folder} cannot be used ({error}): give another folder")
+    if found != recipe:
+        sys.exit(f"{flag} {folder} holds what came of {found}, not of {recipe}: give another folder")
+
+
+def _at_least_1(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--vae", type=Path, required=True, metavar="DIR", help="finished run of configs/world_autoencoder.py")
     add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help="where the runs are [runs/ablation]")
     add("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="where scores go [out/ablation]")
-    add("--seeds", type=int, default=2, metavar="N", help="seeds of each variant [2]")
+    add("--seeds", type=_at_least_1, default=2, metavar="N", help="seeds of each variant [2]")
     add("--variant", action="append", metavar="NAME", help="only this one; may be repeated [all]")
-    add("--count", type=int, default=100, metavar="N", help="requests of each task [100]")
+    add("--count", type=_at_least_1, default=100, metavar="N", help="requests of each task [100]")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the recipe of all runs")
     add("--set-base", action="append", default=[], metavar="KEY=VALUE", help="changes that of the base alone")
     return parser
@@ -97,7 +116,10 @@ def _train(variant: str, folder: Path, changes: Mapping[str, Any], args: argpars
             [*loom, "convert", "from-run", str(folder), str(model)],
         ):
             if status := run_child(words):
-                raise LoomError(f"{' '.join(words)} ended with status {status}; the same command goes on")
+                raise LoomError(
+                    f"{' '.join(words)} ended with status {status}, as it says above; what was trained and scored "
+                    "before is there, and this command goes on from it"
+                )
     return model
 
 
@@ -155,8 +177,8 @@ def _write(out: Path) -> None:
     titles = ["variant", "seeds", *FIGURES, "s a frame"]
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.3f}"
-        lines.append([row["variant"], str(row["seeds"]), *(_cell(row["figures"][name]) for name in FIGURES), seconds])
+        figures = (_cell(row["figures"][name]) for name in FIGURES)
+        lines.append([row["variant"], str(row["seeds"]), *figures, _spread(row["seconds"], "{:.3f}")])
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     (out / "table.md").write_text(table, encoding="utf-8")
     print(table, flush=True)
@@ -170,17 +192,15 @@ def _read(out: Path, variant: str) -> dict[str, Scores]:
 
 def _row(variant: str, found: Mapping[str, Scores], whole: Mapping[str, Scores]) -> dict[str, Any]:
     figures = {name: _figure(name, found, {} if variant == "whole" else whole) for name in FIGURES}
-    seconds = _mean([scores["seconds"] for scores in found.values() if scores["seconds"] is not None])
+    seconds = [scores["seconds"] for scores in found.values() if scores["seconds"] is not None]
     return {"variant": variant, "seeds": len(found), "figures": figures, "seconds": seconds}
 
 
 def _figure(name: str, found: Mapping[str, Scores], whole: Mapping[str, Scores]) -> dict[str, Any]:
     """Returns the mean of each seed, and the difference from the same seed of `whole`; none of what is not measured."""
     own = {seed: scores["figures"][name] for seed, scores in found.items() if name in scores["figures"]}
-    pairs = {seed: whole[seed]["figures"].get(name, {}) for seed in own if seed in whole}
-    # A request with another seed of training is another one: seeds widen the interval.
-    before = {(seed, number): v for seed, values in pairs.items() for number, v in values.items()}
-    after = {(seed, number): v for seed in pairs for number, v in own[seed].items()}
+    pairs = [(whole[seed]["figures"].get(name, {}), own[seed]) for seed in own if seed in whole]
+    before, after = (_pool(side) for side in zip(*pairs, strict=True)) if pairs else ({}, {})
     change = paired_difference(before, after) if before.keys() & after.keys() else None
     return {
         "means": [float(np.mean([v for values in seed.values() for v in values])) for seed in own.values()],
@@ -188,20 +208,27 @@ def _figure(name: str, found: Mapping[str, Scores], whole: Mapping[str, Scores])
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing, as where a model wrote no plan."""
-    return float(np.mean(values)) if values else None
+def _pool(seeds: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Returns the values of each request over all seeds: it is the same request, so that they are not independent."""
+    out: dict[str, list[float]] = {}
+    for values in seeds:
+        for number, own in values.items():
+            out.setdefault(number, []).extend(own)
+    return out
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """`71.0 ± 1.5`: the mean over seeds, and half of how far they lie apart; nothing of nothing."""
+    if not values:
+        return ""
+    mean = form.format(np.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format((max(values) - min(values)) / 2)}"
 
 
 def _cell(figure: Mapping[str, Any]) -> str:
-    """`71.0 % ± 1.5 (-3.0 [-5.1, -0.9])`: mean and half the seeds' spread, and the difference in points."""
-    if not figure["means"]:
-        return ""
-    text = f"{np.mean(figure['means']):.1%}"
-    if len(figure["means"]) > 1:
-        text += f" ± {50 * (max(figure['means']) - min(figure['means'])):.1f}"
-    change = figure["difference"]
-    if change is None:
+    """`71.0 ± 1.5 (-3.0 [-5.1, -0.9])`: per cent with the seeds' spread, and the difference in points."""
+    text, change = _spread([100 * mean for mean in figure["means"]], "{:.1f}"), figure["difference"]
+    if not text or change is None:
         return text
     mean, least, most = (100 * change[name] for name in ("mean", "low", "high"))
     return f"{text} ({mean:+.1f} [{least:+.1f}, {most:+.1f}])"

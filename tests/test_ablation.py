@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks.ablation import main as ablation
 from loom_jax.cli import main
 from loom_jax.commands.train import read_config, read_recipe
 from loom_jax.configs.world_ablation import IDEAS
@@ -41,6 +42,24 @@ def test_a_variant_that_is_not_there_is_named():
         read_recipe(CONFIGS / "world_ablation.py:no_model")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--variant", "magic"], "there are whole, no_planning"),
+        (["--seeds", "0"], "0 is not at least 1"),
+        (["--count", "0"], "0 is not at least 1"),
+        (["--out", "FILE"], "cannot be used"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, wrong, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    with pytest.raises(SystemExit) as left:
+        ablation(["--vae", "absent", *wrong])
+    assert left.value.code and said in f"{left.value.code}{capsys.readouterr().err}"
+    assert not (tmp_path / "runs" / "ablation" / "base").exists()
+
+
 @pytest.mark.slow
 def test_two_variants_are_trained_scored_and_compared(tmp_path):
     vae = tmp_path / "autoencoder"
@@ -60,10 +79,15 @@ def test_two_variants_are_trained_scored_and_compared(tmp_path):
     for row in rows.values():
         assert row["seeds"] == 2
         assert len(row["figures"]["tutorial step"]["means"]) == 2
-    assert rows["no_planning"]["seconds"] > 0  # after two steps of training the other writes no plan, and so no frame
+    assert (
+        len(rows["no_planning"]["seconds"]) == 2 and min(rows["no_planning"]["seconds"]) > 0
+    )  # after two steps of training the other writes no plan, and so no frame
     assert rows["no_planning"]["figures"]["tutorial plan"]["means"] == []  # it writes none
-    assert rows["no_planning"]["figures"]["tutorial step"]["difference"]["low"] <= 0
+    difference = rows["no_planning"]["figures"]["tutorial step"]["difference"]
+    assert difference["requests"] == 2 and difference["count"] > 2  # seeds are no further requests
     assert json.loads((tmp_path / "runs" / "base" / "run.json").read_text())["train"]["seed"] == 3
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0 and "s/step" not in again.stdout + again.stderr  # what is scored is not made again
     assert "| no_planning | 2 |" in (tmp_path / "out" / "table.md").read_text()
+    other = subprocess.run([*command, "--set=seed=4"], capture_output=True, text=True, cwd=ROOT)
+    assert other.returncode and "holds what came of" in other.stderr and "give another folder" in other.stderr

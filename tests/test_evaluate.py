@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import http.server
 import io
+import itertools
 import json
 import threading
 
@@ -114,8 +115,33 @@ def test_a_wrong_background():
 
 def test_a_wrong_style():
     assert lowered(spoil=lambda s, k, e: dataclasses.replace(s, style=other(s.style, ("night", "outline")))) == (
-        ALWAYS | {"style"}
+        ALWAYS | {"style", "consistency"}
     )
+
+
+def test_a_style_that_changes_from_frame_to_frame_is_not_consistent():
+    def flicker(scene, turn, example):
+        return dataclasses.replace(scene, style=("plain", "night")[turn % 2])
+
+    found = score(task="tutorial", spoil=flicker)
+    assert found["consistency"] < 1 and found["f1"] == 1
+
+
+@pytest.mark.parametrize("frames", ["black", "noise", "none"])
+def test_what_shows_nothing_of_this_world_is_wrong_in_everything(frames):
+    rng = np.random.default_rng(0)
+    made = {"black": np.zeros((64, 64, 3), np.uint8), "noise": rng.integers(0, 256, (64, 64, 3), np.uint8)}
+    outcomes = []
+    for number, task in enumerate(("tutorial", "image_tutorial", "composition", "style", "decomposition")):
+        example = draw_example(task, "test", 0, number)
+        shown = (made[frames],) * len(example.frames) if frames in made else ()
+        outcomes.append(Outcome(number, "test", example, example.plan, shown))
+    found = {m.metric: [] for m in measure(outcomes)}
+    for m in measure(outcomes):
+        found[m.metric].append(m.value)
+    assert {name for name, values in found.items() if any(values)} == {"plan", "plan_step"}
+    turns = sum(len(example.frames) - 1 for example in (o.example for o in outcomes[:2]))
+    assert len(found["consistency"]) == turns + sum(o.example.base is not None for o in outcomes)
 
 
 def test_one_thing_too_many_in_one_frame():
@@ -224,11 +250,30 @@ def test_an_interval_holds_its_mean_and_stays_within_0_and_1(mean, count):
 def test_intervals():
     assert wilson(0.8, 50) == pytest.approx((0.669, 0.888), abs=1e-3)
     yes_no = estimate({k: [k % 5 > 0] for k in range(50)})
-    assert (yes_no.low, yes_no.high) == wilson(0.8, 50) and yes_no.count == yes_no.requests == 50
+    assert (yes_no.low, yes_no.high) == pytest.approx(wilson(0.8, 50)) and yes_no.count == yes_no.requests == 50
     together = estimate({k: [float(k % 2)] * 10 for k in range(40)})
     assert together.low < 0.36 and together.high > 0.64 and together.count == 400
     perfect = estimate({k: [1.0, 1.0] for k in range(20)})
-    assert perfect.high == 1 and 0.8 < perfect.low < 0.9
+    assert (perfect.low, perfect.high) == pytest.approx(wilson(1.0, 20)) and perfect.high == 1
+    alike = estimate({k: [0.8, 0.8] for k in range(40)})
+    assert alike.high - alike.low < yes_no.high - yes_no.low
+
+
+def test_an_interval_does_not_rise_where_more_is_wrong():
+    found = [estimate({k: [1.0, 1.0, float(k >= wrong)] for k in range(40)}) for wrong in range(40)]
+    assert all(a.mean > b.mean and a.low > b.low and a.high > b.high for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize(("right", "together"), [(0.97, 0.6), (0.9, 0.5), (0.6, 1.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(right, together):
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        whole, single = rng.random((40, 1)) < right, rng.random((40, 3)) < right
+        values = np.where(rng.random((40, 1)) < together, whole, single).astype(float)
+        found = estimate(dict(enumerate(values)))
+        held += found.low <= right <= found.high
+    assert held / 400 > 0.92
 
 
 def test_paired_differences_are_narrower_than_their_parts():

@@ -28,7 +28,7 @@ class Interval:
     requests: int
 
 
-def wilson(mean: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(mean: float, count: float, confidence: float = 0.95) -> tuple[float, float]:
     """Returns the Wilson score interval of a share of `count` independent yes-or-no values.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927.
@@ -44,8 +44,7 @@ def wilson(mean: float, count: int, confidence: float = 0.95) -> tuple[float, fl
 def estimate(values: Mapping[Hashable, Sequence[float]], confidence: float = 0.95) -> Interval:
     """Returns the mean over all values of all requests, with its interval.
 
-    One yes or no for each request: Wilson's interval. Otherwise requests are drawn with replacement (bootstrap), since
-    the turns of one request succeed or fail together; where all values are alike, Wilson's with one value a request.
+    It is Wilson's, for as many independent values as these are worth: turns of one request succeed or fail together.
 
     Args:
       values: of each request, none of them without a value.
@@ -53,15 +52,24 @@ def estimate(values: Mapping[Hashable, Sequence[float]], confidence: float = 0.9
     """
     sums = np.asarray([sum(own) for own in values.values()], float)
     counts = np.asarray([len(own) for own in values.values()], float)
-    mean, number = float(sums.sum() / counts.sum()), len(sums)
-    single = bool((counts == 1).all() and np.isin(sums, (0, 1)).all())
-    if single or mean in (0.0, 1.0):
-        low, high = wilson(mean, number, confidence)
-    else:
-        drawn = np.random.default_rng(0).integers(number, size=(RESAMPLES, number))
-        means = sums[drawn].sum(1) / counts[drawn].sum(1)
-        low, high = (float(q) for q in np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2]))
-    return Interval(mean, min(low, mean), max(high, mean), int(counts.sum()), number)
+    mean, count = float(sums.sum() / counts.sum()), int(counts.sum())
+    low, high = wilson(mean, count / _design_effect(sums, counts), confidence)
+    return Interval(mean, low, high, count, len(sums))
+
+
+def _design_effect(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Returns how many times the variance of the mean is that of as many independent yes-or-no values.
+
+    Where nearly all values are alike, how they go together cannot be seen: so it is taken with one request more, which
+    goes the other way as a whole. Then one frame that is wrong does not narrow the interval.
+
+    Source: Kish, Survey Sampling, 1965.
+    """
+    other = 0.0 if sums.sum() > counts.sum() / 2 else 1.0
+    counts = np.append(counts, counts.mean())
+    sums = np.append(sums, other * counts[-1])
+    mean = sums.sum() / counts.sum()
+    return float(((sums - mean * counts) ** 2).sum() / (counts.sum() * mean * (1 - mean)))
 
 
 def paired_difference(

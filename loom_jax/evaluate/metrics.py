@@ -27,8 +27,8 @@ from loom_jax.evaluate.intervals import Interval, estimate
 METRICS = {
     "plan": "the plan has just the right steps, in the right order",
     "plan_step": "the step of the plan at this turn is right",
-    "step": "the frame shows just what it should after this step",
-    "followed": "the frame shows what the plan that was written asks for",
+    "step": "the frame shows just what it should after this step; frames too many are seen by `sequence` alone",
+    "followed": "the frame shows what the plan that was written asks for, up to the first step that cannot be followed",
     "sequence": "every frame of the request is right, and there are as many as there should be",
     "f1": "things that are shown against things that should be: harmonic mean of precision and recall",
     "place": "a thing stands where one should be",
@@ -36,10 +36,12 @@ METRICS = {
     "shape": "the thing where one should be has the right shape",
     "background": "the background is right",
     "style": "the style is right",
-    "consistency": "what the step should not change is as it was in the frame before, or in the picture given",
+    "consistency": "what the step should not change is as it was in the frame before, or in the picture given; 0 where "
+    "one of the two is missing or shows nothing of this world",
     "clear": "the frame shows something of this world at all",
 }
-"""What is measured, each from 0 to 1. `plan` and `sequence` are of a request, the others of a frame."""
+"""What is measured, each from 0 to 1. `plan` and `sequence` are of a request, the others of a frame. A frame that is
+missing, or shows nothing of this world, is wrong in everything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,19 +152,25 @@ def _measure_request(outcome: Outcome, readings: Sequence[Reading]) -> Iterator[
     right = [shows(reading, scene) for reading, scene in zip(readings, expected, strict=False)]
     yield "sequence", None, len(readings) == len(expected) and all(right)
     for turn, scene in enumerate(expected, 1):
-        shown = readings[turn - 1] if turn <= len(readings) else None
-        yield "step", turn, shown is not None and shows(shown, scene)
-        yield "clear", turn, shown is not None and shown.clear
-        for metric, value in _compare(scene, shown.scene if shown else None):
+        shown = _shown(readings, turn)
+        yield "step", turn, shown == scene
+        yield "clear", turn, shown is not None
+        for metric, value in _compare(scene, shown):
             yield metric, turn, value
     for turn, scene in enumerate(_followed(example, written), 1):
-        yield "followed", turn, turn <= len(readings) and shows(readings[turn - 1], scene)
+        yield "followed", turn, _shown(readings, turn) == scene
     yield from _consistency(example, written, readings)
 
 
 def shows(reading: Reading, scene: Scene) -> bool:
     """Returns whether a picture clearly shows a scene, just that and in its style."""
     return reading.clear and reading.scene == scene
+
+
+def _shown(readings: Sequence[Reading], turn: int) -> Scene | None:
+    """Returns what the frame of a turn shows; None where it is missing, or shows nothing of this world."""
+    reading = readings[turn - 1] if turn <= len(readings) else None
+    return reading.scene if reading is not None and reading.clear else None
 
 
 def f1(shown: Scene, expected: Scene) -> float:
@@ -202,18 +210,31 @@ def _consistency(
     example: Example, written: Sequence[Step | None], readings: Sequence[Reading]
 ) -> Iterator[tuple[str, int, float]]:
     """Compares each frame with the one before it, or with the picture given, where the step changes nothing."""
-    scenes = [reading.scene for reading in readings]
-    if example.base is not None and scenes:
-        kept: list[bool] = [thing in scenes[0].things for thing in example.base.in_order]
-        if example.frames[0].background == example.base.background:
-            kept.append(scenes[0].background == example.base.background)
-        yield "consistency", 1, sum(kept) / len(kept)
+    if example.base is not None:
+        yield "consistency", 1, _kept(example.base, example.frames[0], _shown(readings, 1))
     if example.task not in ("tutorial", "image_tutorial"):
         return
-    for turn in range(2, min(len(scenes), len(example.steps)) + 1):
+    for turn in range(2, len(example.steps) + 1):
         step = (written[turn - 1] if turn <= len(written) else None) or example.steps[turn - 1]
-        before, after = scenes[turn - 2], scenes[turn - 1]
-        same = [before.at(place) == after.at(place) for place in PLACES if place not in touched(step)]
-        if not isinstance(step, Paint):
-            same.append(before.background == after.background)
-        yield "consistency", turn, sum(same) / len(same)
+        yield "consistency", turn, _unchanged(step, _shown(readings, turn - 1), _shown(readings, turn))
+
+
+def _kept(given: Scene, expected: Scene, shown: Scene | None) -> float:
+    """Returns the share of what should be as in the picture given, that is."""
+    if shown is None:
+        return 0.0
+    kept: list[bool] = [thing in shown.things for thing in given.in_order]
+    kept += [shown.background == given.background] if expected.background == given.background else []
+    kept += [shown.style == given.style] if expected.style == given.style else []
+    return sum(kept) / len(kept)
+
+
+def _unchanged(step: Step, before: Scene | None, after: Scene | None) -> float:
+    """Returns the share of what a step does not touch, that is as in the frame before."""
+    if before is None or after is None:
+        return 0.0
+    same = [before.at(place) == after.at(place) for place in PLACES if place not in touched(step)]
+    same.append(before.style == after.style)
+    if not isinstance(step, Paint):
+        same.append(before.background == after.background)
+    return sum(same) / len(same)
