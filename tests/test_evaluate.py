@@ -1,33 +1,23 @@
-"""Metrics, suites, judges and reports: an oracle scores 100 %, and each fault lowers just the metrics it should."""
+"""Metrics, suites and reports: an oracle scores 100 %, and each fault lowers just the metrics it should."""
 
-import base64
 import dataclasses
-import http.server
-import io
 import itertools
 import json
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from loom_jax.core import ConfigError, InputError, LoomError
-from loom_jax.data.world import Add, Scene, Thing, apply, draw_example, follow, render
+from loom_jax.core import ConfigError, InputError
+from loom_jax.data.world import Add, Thing, apply, draw_example, follow, render
 from loom_jax.document import Method
 from loom_jax.evaluate import (
     METRICS,
-    ChatJudge,
     Outcome,
-    Sequenced,
-    Verdict,
-    WorldJudge,
     WorldSuite,
     estimate,
     measure,
     paired_difference,
-    read_sequences,
-    read_verdict,
     run_suite,
     sample_sheet,
     summarise,
@@ -35,7 +25,7 @@ from loom_jax.evaluate import (
     wilson,
     write_report,
 )
-from loom_jax.generate import FrameMade, InterleavedRequest, PlanWritten, RequestFailed, SavedWork
+from loom_jax.generate import FrameMade, PlanWritten, RequestFailed
 
 SUITE = WorldSuite(count=6)
 
@@ -305,101 +295,6 @@ def test_a_sheet_shows_what_was_made_over_what_should_be():
     sheet = np.asarray(sample_sheet(outcomes, scale=1))
     assert sheet.shape == (4 * 66, max(len(o.frames) for o in outcomes) * 66, 3)
     np.testing.assert_array_equal(sheet[:64], sheet[66:130])
-
-
-def sequence(*scenes, steps=("paint the sea", "draw a small red cross at the top left")):
-    pictures = [Image.fromarray(picture) for picture in render(list(scenes))]
-    return Sequenced("Draw it", tuple(zip(steps, pictures, strict=True)))
-
-
-CROSS = Thing("small", "red", "cross", "top left")
-SEA = Scene("sea")
-
-
-def test_the_world_judge_reads_pictures():
-    judge = WorldJudge()
-    right = judge.judge(sequence(SEA, Scene("sea", frozenset({CROSS}))))
-    assert (right.temporal, right.semantic) == (5, 5)
-    jump = judge.judge(sequence(SEA, Scene("dusk", frozenset({CROSS}))))
-    assert (jump.temporal, jump.semantic) == (5 - round(4 / 9), 3) and "1 of 2 frames" in jump.reason
-    with pytest.raises(InputError, match="another judge"):
-        judge.judge(sequence(SEA, SEA, steps=("boil water", "add salt")))
-
-
-def test_verdicts_are_found_in_answers():
-    assert read_verdict('Well: {"temporal": 4, "semantic": 2, "reason": "late"} ok') == Verdict(4, 2, "late")
-    for answer in ("none", '{"temporal": 9, "semantic": 2}', '{"semantic": 2}', '{"temporal": "4", "semantic": 2}'):
-        with pytest.raises(LoomError, match="no verdict"):
-            read_verdict(answer)
-
-
-class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Answers with what the test put into `replies`, and keeps what it was asked."""
-
-    def do_POST(self):
-        self.server.asked.append((self.path, dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
-        status, body = self.server.replies.pop(0)
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        """Says nothing."""
-
-
-@pytest.fixture
-def endpoint():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.asked, server.replies = [], []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def chat(text):
-    return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-
-
-def judge_of(endpoint, **options):
-    return ChatJudge(f"http://127.0.0.1:{endpoint.server_port}/v1/", "eye", **{"pause": 0.0, **options})
-
-
-def test_the_chat_judge_sends_pictures_and_reads_the_verdict(endpoint, monkeypatch):
-    monkeypatch.setenv("LOOM_JUDGE_KEY", "secret")
-    endpoint.replies = [(503, b"busy"), (200, chat('{"temporal": 5, "semantic": 3, "reason": "fine"}'))]
-    assert judge_of(endpoint).judge(sequence(SEA, SEA)) == Verdict(5, 3, "fine")
-    path, headers, body = endpoint.asked[1]
-    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
-    asked = json.loads(body)
-    assert asked["model"] == "eye" and "temporal" in asked["messages"][0]["content"]
-    parts = asked["messages"][1]["content"]
-    assert [part["type"] for part in parts] == ["text", "text", "image_url", "text", "image_url"]
-    picture = Image.open(io.BytesIO(base64.b64decode(parts[2]["image_url"]["url"].split(",")[1])))
-    np.testing.assert_array_equal(np.asarray(picture), render([SEA])[0])
-
-
-def test_the_chat_judge_says_why_it_has_no_verdict(endpoint, monkeypatch):
-    monkeypatch.delenv("LOOM_JUDGE_KEY", raising=False)
-    endpoint.replies = [(401, b"who?"), (200, b"no JSON"), *[(500, b"")] * 2]
-    with pytest.raises(LoomError, match="status 401"):
-        judge_of(endpoint).judge(sequence(SEA, SEA))
-    assert "Authorization" not in endpoint.asked[0][1] and len(endpoint.asked) == 1
-    with pytest.raises(LoomError, match="expected a chat completion"):
-        judge_of(endpoint).judge(sequence(SEA, SEA))
-    with pytest.raises(LoomError, match="try 2 of 2"):
-        judge_of(endpoint, attempts=2).judge(sequence(SEA, SEA))
-
-
-def test_saved_work_is_read_for_judging(tmp_path):
-    request = InterleavedRequest("Draw it", plan=("paint the sea",), size=(64, 64))
-    work = SavedWork.create(tmp_path, [request, request], {})
-    work.take(PlanWritten(0, ("paint the sea",), None), 0)
-    work.take(FrameMade(0, 1, "paint the sea", (), 0, Image.fromarray(render([SEA])[0]), 1.0), 0)
-    found = read_sequences(tmp_path)
-    assert list(found) == [0] and found[0].instruction == "Draw it" and found[0].turns[0][0] == "paint the sea"
-    assert WorldJudge().judge(found[0]) == Verdict(5, 5, "1 of 1 frames right, 0 of 0 parts stayed as they were")
 
 
 def test_scores_are_kept_by_turn_and_together():

@@ -3,12 +3,9 @@
 import json
 
 import pytest
-from PIL import Image
 
 from loom_jax import api, cli
 from loom_jax.converters.synthetic import write_synthetic_release
-from loom_jax.data.world import Scene, render
-from loom_jax.generate import FrameMade, InterleavedRequest, PlanWritten, SavedWork
 from tests import tiny
 from tests.reference import CKPT
 
@@ -16,6 +13,9 @@ from tests.reference import CKPT
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return tiny.write_world(tmp_path_factory.mktemp("world"))
+
+
+CHAT = ["--suite", "judge", "--work", "x", "--judge", "chat", "--judge-model", "eye"]
 
 
 def evaluate(*arguments):
@@ -39,7 +39,14 @@ def test_a_model_without_loom_tokens_is_refused_at_once(checkpoint, tmp_path, ca
     write_synthetic_release(tmp_path / "release", tiny.WORLD, seed=3, tokenizer=CKPT)
     api.convert(tmp_path / "release", tmp_path / "converted")
     assert evaluate("--checkpoint", tmp_path / "converted", "--out", tmp_path / "out") == 2
-    assert "lacks '<|turn_1|>'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "lacks '<|turn_1|>'" in capsys.readouterr().err and not any((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(api, "load", lambda *args, **options: pytest.fail("the checkpoint was loaded"))
+    (tmp_path / "file").touch()
+    assert evaluate("--checkpoint", "x", "--out", tmp_path / "file") == 2
+    assert "file: cannot be written to (File exists): choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -51,24 +58,15 @@ def test_a_model_without_loom_tokens_is_refused_at_once(checkpoint, tmp_path, ca
         (["--checkpoint", "x", "--judge-url", "y"], "--judge-url belongs to --suite judge"),
         (["--checkpoint", "x", "--history", "most"], "history policy"),
         (["--suite", "judge"], "--work is required"),
+        (["--suite", "judge", "--checkpoint", "x"], "--checkpoint belongs to --suite world"),
+        (["--suite", "judge", "--work", "x", "--count", 0], "--count belongs to --suite world"),
+        (["--suite", "judge", "--work", "x", "--judge-url", "y"], "--judge-url belongs to --judge chat"),
         (["--suite", "judge", "--work", "x", "--judge", "chat"], "--judge-url and --judge-model"),
+        ([*CHAT, "--judge-url", "foo/v1"], "--judge-url 'foo/v1' is no address"),
+        (["--suite", "judge", "--work", "x"], "x: no result.json in it"),
     ],
 )
 def test_bad_usage_is_told_in_one_line(arguments, message, capsys):
     assert evaluate(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_saved_work_is_judged(tmp_path, capsys):
-    (sea,) = render([Scene("sea")])
-    request = InterleavedRequest("Draw it", plan=("paint the sea",), size=(64, 64))
-    work = SavedWork.create(tmp_path / "work", [request] * 2, {})
-    for number, step in enumerate(("paint the sea", "boil water")):
-        work.take(PlanWritten(number, (step,), None), number)
-        work.take(FrameMade(number, 1, step, (), 0, Image.fromarray(sea), 1.0), number)
-    assert evaluate("--suite", "judge", "--work", tmp_path / "work", "--out", tmp_path / "out") == 0
-    said = capsys.readouterr()
-    assert "1 of 2 sequences judged, temporal 5.00, semantic 5.00" in said.out and "request 1" in said.err
-    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())
-    assert verdicts["means"] == {"temporal": 5.0, "semantic": 5.0} and "fault" in verdicts["verdicts"][1]

@@ -7,21 +7,25 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loom_jax.commands.generate import make_folder, refuse
 from loom_jax.core import ArgumentParser, InputError, LoomError
 
 if TYPE_CHECKING:
-    from loom_jax.evaluate import Judge, Measurement, WorldSuite
+    from loom_jax.evaluate import Judge, Measurement, Sequenced, Verdict, WorldSuite
 
 NAME = "loom evaluate"
 SUITES = ("world", "judge")
 TASKS = ("tutorial", "image_tutorial", "composition", "decomposition", "style")
 SPLITS = ("test", "long", "train", "train_long")
 PARTS = ("planning", "time_tokens", "entity_tokens")
-FOR_JUDGE = ("work", "judge", "judge_url", "judge_model")
+FOR_CHAT = ("judge_url", "judge_model")
+FOR_JUDGE = ("work", "judge", *FOR_CHAT)
+FOR_BOTH = ("suite", "out")
+VERDICTS = "verdicts.json"
 EPILOG = """examples:
   loom evaluate --checkpoint loom_jax/weights/world --steps 16 --cfg-text-scale 2 --cfg-img-scale 1 --out out/scores
   loom evaluate --checkpoint loom_jax/weights/world --task tutorial --split long --count 20 --history "last(1)"
@@ -30,7 +34,7 @@ EPILOG = """examples:
 `world` asks for sequences whose right pictures are known exactly, reads what the model draws, and writes report.html,
 scores.json and measurements.jsonl. `judge` gives 1 to 5 points to what `loom generate` saved, in verdicts.json; the
 judge `chat` sends the pictures to an endpoint that speaks the OpenAI protocol, with the key in LOOM_JUDGE_KEY, and
-`world` reads tutorials of the world without a network.
+`world` reads tutorials of the world without a network. What `chat` judged is kept: the same command goes on.
 """
 
 
@@ -75,11 +79,12 @@ def main(argv: list[str]) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.suite == "judge":
-        return _run_judge(args)
-    given = [name for name in FOR_JUDGE if getattr(args, name) != parser.get_default(name)]
-    if given:
-        raise InputError(f"--{given[0].replace('_', '-')} belongs to --suite judge")
+        others = sorted(given - {*FOR_BOTH, *FOR_JUDGE})
+        refuse(given, *others, reason="belongs to --suite world: the judge looks at what is in --work")
+        return _run_judge(args, given)
+    refuse(given, *FOR_JUDGE, reason="belongs to --suite judge")
     if args.checkpoint is None:
         raise InputError(f"--checkpoint is required: name a converted folder (see {NAME} --help)")
     return _run_world(args)
@@ -101,6 +106,7 @@ def _run_world(args: argparse.Namespace) -> int:
     given = {name: value for name, value in changes.items() if value is not None}
     settings = dataclasses.replace(api.LOOM_SETTINGS, taylorseer=args.taylorseer, **given)
     text = api.TextSettings(max_new_tokens=args.max_new_tokens)
+    make_folder(args.out)
     kinds = {"dtype": args.dtype, "attention": args.attention, "quantize": args.quantize}
     generator = api.load(args.checkpoint, **kinds)
     _check_tokenizer(generator.encoder.tokenizer, args.checkpoint)
@@ -170,30 +176,105 @@ def _print_table(measurements: Sequence[Measurement]) -> None:
     Console().print(table)
 
 
-def _run_judge(args: argparse.Namespace) -> int:
+def _run_judge(args: argparse.Namespace, given: set[str]) -> int:
     if args.work is None:
         raise InputError("--work is required with --suite judge: name a folder that `loom generate` made")
-    from loom_jax.evaluate import ChatJudge, WorldJudge, read_sequences
+    judge = _make_judge(args, given)
+    from loom_jax.evaluate import UnreachableError, read_sequences
 
-    if args.judge == "chat" and not (args.judge_url and args.judge_model):
-        raise InputError("--judge chat needs --judge-url and --judge-model")
-    judge: Judge = ChatJudge(args.judge_url, args.judge_model) if args.judge == "chat" else WorldJudge()
-    entries: list[dict[str, Any]] = []
-    for number, sequence in read_sequences(args.work).items():
-        entry: dict[str, Any] = {"request": number, "instruction": sequence.instruction}
-        try:
-            entries.append(entry | dataclasses.asdict(judge.judge(sequence)))
-        except LoomError as error:
-            entries.append(entry | {"fault": str(error)})
-            print(f"{NAME}: request {number}: {error}", file=sys.stderr)
-    judged = [entry for entry in entries if "fault" not in entry]
-    means = {name: sum(e[name] for e in judged) / len(judged) for name in ("temporal", "semantic") if judged}
-    path = args.out / "verdicts.json"
+    sequences = read_sequences(args.work)
+    if not sequences:
+        raise InputError(f"--work {args.work}: no request in it is finished: go on with `loom generate --resume` first")
+    make_folder(args.out)
+    path = args.out / VERDICTS
+    run = {"judge": args.judge, "model": args.judge_model, "work": str(args.work.resolve())}
+    entries = _enter(args.work, sequences, _earlier_verdicts(path, run))
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"judge": args.judge, "means": means, "verdicts": entries}, indent=1) + "\n")
-    except OSError as error:
-        raise LoomError(f"--out {args.out}: cannot be written to ({error.strerror}): choose another folder") from error
-    told = ", ".join(f"{name} {value:.2f}" for name, value in means.items()) or "no verdict"
-    print(f"{path}: {len(judged)} of {len(entries)} sequences judged, {told}")
-    return 0 if judged else 1
+        for number, sequence in sequences.items():
+            if "fault" in entries[number]:
+                _judge_one(judge, sequence, entries[number])
+                _write_verdicts(path, run, entries)
+    except (KeyboardInterrupt, UnreachableError):
+        print(f"{NAME}: what is judged stays in {args.out}: the same command goes on", file=sys.stderr)
+        raise
+    record = _write_verdicts(path, run, entries)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in record["means"].items()) or "no verdict"
+    print(f"{path}: {record['judged']} of {record['of']} sequences judged, {told}")
+    return 0 if record["judged"] else 1
+
+
+def _make_judge(args: argparse.Namespace, given: set[str]) -> Judge:
+    from loom_jax.evaluate import ChatJudge, WorldJudge
+
+    if args.judge == "world":
+        refuse(given, *FOR_CHAT, reason="belongs to --judge chat")
+        return WorldJudge()
+    if not (args.judge_url and args.judge_model):
+        raise InputError("--judge chat needs --judge-url and --judge-model")
+    return ChatJudge(args.judge_url, args.judge_model)
+
+
+def _earlier_verdicts(path: Path, run: dict[str, Any]) -> dict[tuple[int, str], Verdict]:
+    """Returns what an earlier run of the same command left: a verdict by request and by what the judge was shown.
+
+    Raises:
+      InputError: the file is of another run, which is not to be lost, or cannot be read.
+    """
+    from loom_jax.evaluate import Verdict
+
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        other = [f"{name} {record[name]}" for name in run if record[name] != run[name]]
+        entries = [entry for entry in record["verdicts"] if "fault" not in entry]
+        found = {(e["request"], e["shown"]): Verdict(e["temporal"], e["semantic"], e["reason"]) for e in entries}
+    except (OSError, ValueError, LookupError, TypeError, InputError) as error:
+        raise InputError(f"{path} cannot be gone on with ({error!r}): remove it, or choose another --out") from error
+    if other:
+        raise InputError(f"{path} holds verdicts of another run ({', '.join(other)}): choose another --out")
+    return found if run["judge"] == "chat" else {}  # `world` costs nothing, and may have learnt to read better
+
+
+def _enter(
+    work: Path, sequences: Mapping[int, Sequenced], earlier: Mapping[tuple[int, str], Verdict]
+) -> dict[int, dict[str, Any]]:
+    """Returns an entry for each request, with the verdict that it has already, or why it has none."""
+    from loom_jax.evaluate import fingerprint
+    from loom_jax.generate import SavedWork
+
+    entries: dict[int, dict[str, Any]] = {}
+    for result in SavedWork.open(work).results:
+        number = result["number"]
+        entries[number] = entry = {"request": number, "instruction": result["instruction"]}
+        if number not in sequences:
+            entry["fault"] = f"nothing to judge: {result['reason'] or 'it is not finished'}"
+            continue
+        entry["shown"] = fingerprint(sequences[number])
+        verdict = earlier.get((number, entry["shown"]))
+        entry |= dataclasses.asdict(verdict) if verdict else {"fault": "not judged yet"}
+    return entries
+
+
+def _judge_one(judge: Judge, sequence: Sequenced, entry: dict[str, Any]) -> None:
+    from loom_jax.evaluate import UnreachableError
+
+    try:
+        entry |= dataclasses.asdict(judge.judge(sequence))
+        del entry["fault"]
+    except UnreachableError:
+        raise
+    except LoomError as error:
+        entry["fault"] = str(error)
+        print(f"{NAME}: request {entry['request']}: {error}", file=sys.stderr)
+
+
+def _write_verdicts(path: Path, run: dict[str, Any], entries: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """Writes the file whole, with the means over what is judged; returns what it holds."""
+    from loom_jax.generate import write_whole
+
+    judged = [entry for entry in entries.values() if "fault" not in entry]
+    means = {name: sum(e[name] for e in judged) / len(judged) for name in ("temporal", "semantic") if judged}
+    record = {**run, "judged": len(judged), "of": len(entries), "means": means, "verdicts": list(entries.values())}
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+    return record
