@@ -47,9 +47,11 @@ def get_config(variant: str = "whole") -> ml_collections.ConfigDict:
     config.watch = {"log_every": 25}
     config.held_out = None
     if variant == "base":
+        config.needs = ("vae_from",)
         config.total_steps = 2500
         config.data.mixture = world_tiny.mixture(BASE_WEIGHTS)
         return config
+    config.needs = ("init_from",)
     config.total_steps = 600
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
     config.data.update(IDEAS[variant])

@@ -52,11 +52,13 @@ def get_config(variant: str = "first") -> ml_collections.ConfigDict:
     """
     config = _second()
     if variant == "first":
+        config.needs = ()
         config.data = _data({"tutorial_plan": 1.0}, und=896, gen=64, vit=64, pictures=1)
         config.held_out = _held_out(config.data)
         config.total_steps = 2_000
         config.optimizer.update({"learning_rate": 2e-3, "schedule": "constant"})
     elif variant == "on":
+        config.needs = ("init_from",)
         config.optimizer.update({"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 5})
         config.data.rows = 2
         config.watch.log_every = 5
@@ -95,6 +97,7 @@ def _second() -> ml_collections.ConfigDict:
         "timestep_shift": 4.0,
         "interpolate_pos": False,
     }
+    config.needs = ("init_from", "vae_from")
     config.tokenizer = "world"
     config.total_steps = 7_600
     config.frozen = ()

@@ -139,6 +139,7 @@ def from_run(
     weights: str = "ema",
     merge_lora: bool = False,
     dtype: str | None = None,
+    vae: Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
@@ -149,11 +150,13 @@ def from_run(
       weights: `ema`, the moving average, or `params`, the trained parameters themselves.
       merge_lora: adds low-rank adapters to the weights; needed where the run has such.
       dtype: `bfloat16` or `float32` casts the transformer's weights; by default they stay as they were trained.
+      vae: finished run of an autoencoder to be taken in place of the run's own: one whose decoder was trained on later
+        (`keep_encoder`). Latents must mean the same: its encoder must equal that of the run's own to the bit.
       overwrite: whether an earlier conversion at `destination` may be replaced.
       progress: whether stderr shows a bar.
 
     Raises:
-      CheckpointError: the run or its checkpoint cannot be used, or `destination` cannot.
+      CheckpointError: the run, its checkpoint or `vae` cannot be used, or `destination` cannot.
     """
     from loom_jax.checkpoint import new_folder
     from loom_jax.converters.from_run import open_run, write_run
@@ -163,7 +166,7 @@ def from_run(
     cast = _dtype(dtype)
     with new_folder(destination, overwrite=overwrite) as folder, _bar("from run", run.nbytes, progress) as advance:
         _check_space(folder, run.nbytes)
-        write_run(run, folder, cast, advance)
+        write_run(run, folder, cast, vae, advance)
 
 
 def inspect(source: Path) -> None:
@@ -276,6 +279,7 @@ def _add_from_run(commands: Any) -> ArgumentParser:
     parser.add_argument("--weights", choices=("ema", "params"), default="ema", help="moving average, or as trained")
     parser.add_argument("--merge-lora", action="store_true", help="add low-rank adapters to the weights")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the transformer; by default as trained")
+    parser.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder whose decoder was trained on since, a run")
     return parser
 
 

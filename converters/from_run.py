@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,13 @@ from loom_jax.checkpoint import (
     ParamWriter,
     RunFolder,
     StoredParam,
+    autoencoder_origin,
+    began_with,
     check_shapes,
+    named,
     param_sources,
+    portable,
+    read_meta,
     read_params,
     read_run,
     step_path,
@@ -27,6 +33,7 @@ from loom_jax.checkpoint import (
 from loom_jax.converters.stream import BATCH_BYTES, Advance
 from loom_jax.converters.tables import autoencoder_entries, model_entries
 from loom_jax.core import CheckpointError
+from loom_jax.train import check_autoencoder
 
 _ADAPTER = ("lora_a", "lora_b")
 
@@ -90,44 +97,76 @@ def open_run(path: Path, step: int | None, weights: str, merge_lora: bool) -> Ru
     return RunWeights(run, at, weights, stored, sources, adapters)
 
 
-def write_run(opened: RunWeights, folder: Path, dtype: np.dtype | None, advance: Advance) -> None:
+def write_run(opened: RunWeights, folder: Path, dtype: np.dtype | None, vae: Path | None, advance: Advance) -> None:
     """Writes the weights as a converted model into an empty folder.
 
     Args:
       dtype: of the transformer's weights; None keeps each one's.
+      vae: finished run of an autoencoder to be taken in place of the run's own; its encoder must be the same.
       advance: gets the bytes that were read.
 
     Raises:
-      CheckpointError: a file cannot be read, or the run lacks one that its record lists.
+      CheckpointError: a file cannot be read, the run lacks one that its record lists, or `vae` makes other latents.
     """
     run = opened.run
-    _check_vae(run)
+    vae_weights = _vae_weights(run, vae)
+    provenance = {
+        "tool": f"loom_jax {__version__}",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "source": f"{run.path.resolve().name} step {opened.path.name}",
+        "weights": opened.weights,
+        "merged_adapters": len(opened.adapters),
+        "cast": None if dtype is None else dtype.name,
+        "trained": _trained(opened),
+    }
+    if vae is not None:
+        provenance["autoencoder"] = autoencoder_origin(vae)
     scale = _adapter_scale(run) if opened.adapters else 0.0
     with ParamWriter(folder / "model") as writer:
         for batch in _batches(opened):
             writer.write(_read(opened, batch, scale), dtype)
             advance(sum(opened.stored[opened.sources[name]].nbytes for name in batch))
-    shutil.copytree(run.path / "vae", folder / "vae")
+    shutil.copytree(vae_weights, folder / "vae")
     for name in run.files:
         if not (run.path / name).is_file():
             raise CheckpointError(f"{run.path} lacks {name}, which its record lists: put it back")
         shutil.copyfile(run.path / name, folder / name)
-    provenance = {
-        "tool": f"loom_jax {__version__}",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": f"{run.path.resolve().name} step {opened.path.name}",
-        "trained_with": run.created_by,
-        "weights": opened.weights,
-        "merged_adapters": len(opened.adapters),
-        "cast": None if dtype is None else dtype.name,
+    write_record(folder, run.config, portable(provenance), run.files)
+
+
+def _trained(opened: RunWeights) -> dict[str, Any]:
+    """How the weights came about, back to where they began; of a run without an origin, as its paths tell now."""
+    run, given = opened.run, opened.run.train
+    settings = {
+        "seed": given.get("seed"),
+        "data_seed": given.get("data", {}).get("seed"),
+        "step": int(opened.path.name),
+        # of the process that wrote the checkpoint: it may have gone on for more steps than the run was begun for
+        "total_steps": read_meta(opened.path).get("total_steps", given.get("total_steps")),
     }
-    write_record(folder, run.config, provenance, run.files)
+    origin = run.origin or began_with(given.get("init_from"), given.get("vae_from"))
+    return {"tool": run.created_by, **settings, **origin}
 
 
-def _check_vae(run: RunFolder) -> None:
-    shapes = {name: leaf.shape for name, leaf in stored_params(run.path / "vae").items()}
+def _vae_weights(run: RunFolder, vae: Path | None) -> Path:
+    """Returns where the weights of the run's autoencoder lie, or of the other one that is to be taken."""
+    weights = run.path / "vae" if vae is None else check_autoencoder(vae, run.config.vae)
+    shapes = {name: leaf.shape for name, leaf in stored_params(weights).items()}
     expected = {entry.path: entry.param_shape for entry in autoencoder_entries(run.config.vae)}
-    check_shapes(str(run.path / "vae"), shapes, expected, "run.json and the autoencoder belong to different runs")
+    check_shapes(str(weights), shapes, expected, "its record and the autoencoder belong to different runs")
+    if vae is not None:
+        own, other = _encoder(run.path / "vae"), _encoder(weights)
+        changed = [name for name in own if not np.array_equal(own[name], other[name])]
+        if changed:
+            raise CheckpointError(
+                f"{vae} encodes pictures otherwise than the autoencoder that {run.path} was trained with "
+                f"({named(changed)}): give one whose decoder alone was trained on from that, with keep_encoder"
+            )
+    return weights
+
+
+def _encoder(path: Path) -> dict[str, np.ndarray]:
+    return read_params(path, {name: leaf for name, leaf in stored_params(path).items() if name.startswith("encoder/")})
 
 
 def _adapter_scale(run: RunFolder) -> float:

@@ -46,7 +46,7 @@ def print_report(path: Path) -> None:
             stored = stored_params(folder.component(component))
             expected = {entry.path: entry.param_shape for entry in entries[component]}
             shapes = {name: leaf.shape for name, leaf in stored.items()}
-            check_shapes(str(folder.component(component)), shapes, expected, "convert the release again")
+            check_shapes(str(folder.component(component)), shapes, expected, "convert it again")
             dtypes |= {entry.key: stored[entry.path].dtype for entry in entries[component]}
         console.print(f"converted model, {_origin(folder.provenance)}")
         _print_parts(console, folder.config, dtypes)

@@ -208,14 +208,12 @@ def write_release(folder: ModelFolder, path: Path, advance: Advance) -> None:
         source = folder.component(component)
         stored = stored_params(source)
         shapes = {key: leaf.shape for key, leaf in stored.items()}
-        check_shapes(
-            str(source), shapes, {entry.path: entry.param_shape for entry in entries}, "convert the release again"
-        )
+        check_shapes(str(source), shapes, {entry.path: entry.param_shape for entry in entries}, "convert it again")
         kept = [entry for entry in entries if entry.key not in left_out]
         _write_tensors(path / name, source, kept, stored, advance)
     for name in folder.files:
         if not (folder.path / name).is_file():
-            raise CheckpointError(f"{folder.path} lacks {name}, which its record lists: convert the release again")
+            raise CheckpointError(f"{folder.path} lacks {name}, which its record lists: convert it again")
         shutil.copyfile(folder.path / name, path / name)
     if not set(CONFIG_FILES[:3]) & set(folder.files):
         for name, content in config_files(folder.config).items():

@@ -207,7 +207,7 @@ def record(folder: Path, tmp_path: Path, **changes: object) -> Path:
 def test_records_of_other_versions(folder, tmp_path):
     with pytest.raises(CheckpointError, match=f"schema_version {SCHEMA_VERSION + 1}, .*: upgrade loom_jax"):
         read_folder(record(folder, tmp_path, schema_version=SCHEMA_VERSION + 1))
-    with pytest.raises(CheckpointError, match="schema_version 0, which cannot be migrated: convert the release again"):
+    with pytest.raises(CheckpointError, match="schema_version 0, which cannot be migrated: make it anew"):
         read_folder(record(folder, tmp_path, schema_version=0))
     with pytest.raises(CheckpointError, match="schema_version None, expected a number"):
         read_folder(record(folder, tmp_path, schema_version=None))

@@ -6,7 +6,7 @@ import pytest
 
 from loom_jax.core import ConfigError, LoomConfig, from_mapping, to_mapping
 
-RECIPES = ["tiny", "bagel_7b"]
+RECIPES = ["tiny", "bagel_7b", "world_tiny", "world_ablation"]
 
 
 def recipe(name):
@@ -30,7 +30,7 @@ def test_recipe_spells_every_size_of_the_model(name):
     assert from_mapping(LoomConfig, to_mapping(config)) == config
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "world_autoencoder"])
 def test_recipe_promises_what_a_reader_needs(name):
     text = recipe(name).__doc__
     assert all(word in text for word in ("Command:", "Data:", "Hardware:", "Expect:"))

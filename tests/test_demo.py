@@ -13,7 +13,7 @@ from PIL import Image
 from loom_jax import cli
 from loom_jax.checkpoint import RECORD, SHIPPED, shipped_folder
 from loom_jax.commands import demo
-from loom_jax.core import CheckpointError, to_mapping
+from loom_jax.core import STOPPED, CheckpointError, to_mapping
 from loom_jax.data.world import render
 from loom_jax.evaluate import WorldSuite
 from loom_jax.generate import FrameMade, PlanWritten, RequestFailed, SavedWork
@@ -116,6 +116,14 @@ def test_missing_weights_are_told_in_one_line(tmp_path, monkeypatch, capsys):
         shipped_folder()
 
 
+def test_a_training_that_was_stopped_is_not_done(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("loom_jax.commands.generate.main", lambda _: 1)  # which may fail
+    monkeypatch.setattr(demo, "read_back", lambda *_: [])
+    monkeypatch.setattr("loom_jax.commands.train.main", lambda _: STOPPED)
+    assert loom_demo("--out", tmp_path / "out", "--checkpoint", checkpoint) == STOPPED
+    assert "done in" not in capsys.readouterr().out
+
+
 def test_the_results_of_others_stay(checkpoint, tmp_path, capsys):
     (tmp_path / "training").mkdir()
     assert loom_demo("--out", tmp_path, "--checkpoint", checkpoint) == 2
@@ -129,3 +137,4 @@ def test_the_weights_that_are_shipped_draw_what_is_asked(tmp_path, capsys):
     found = right_of(capsys.readouterr().out)
     assert {task: frames for task, (_, frames) in found.items()} == FRAMES
     assert sum(right for right, _ in found.values()) >= 0.7 * sum(FRAMES.values()), found
+    assert all(right for right, _ in found.values()), found

@@ -1,5 +1,6 @@
 """From a training run to a folder for inference, with adapters and without, and on to PyTorch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ import pytest
 from flax import nnx
 from safetensors import numpy as safetensors_numpy
 
-from loom_jax.checkpoint import RunCheckpoints, read_folder, read_params, start_run, stored_params
+from loom_jax.checkpoint import (
+    AUTOENCODER_RECORD,
+    RECORD,
+    RunCheckpoints,
+    portable,
+    read_folder,
+    read_params,
+    save_params,
+    start_run,
+    stored_params,
+)
 from loom_jax.cli import main as loom
 from loom_jax.converters import from_orbax, from_run
-from loom_jax.core import CheckpointError
+from loom_jax.core import CheckpointError, to_mapping
 from loom_jax.models import add_lora, merge_lora
 from loom_jax.models.load import load_folder
 from tests import tiny
@@ -23,18 +34,35 @@ from tests.reference import CKPT
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def make_run(path: Path, model: Any, trained: Any, train: dict[str, Any]) -> tuple[Any, Any]:
-    """A run folder with steps 3 and 6 of a model whose `trained` parameters have a moving average; (average, vae)."""
+def make_run(path: Path, model: Any, trained: Any, train: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
+    """A run folder with steps 3 and 6 of a model whose `trained` parameters have a moving average."""
     _, trainable, frozen = nnx.split(model, trained, ...)
     average = jax.tree.map(lambda a: a + 0.25, trainable)
     vae = nnx.state(tiny.vae(), nnx.Param)
-    start_run(path, tiny.CONFIG, train, CKPT, FILES, vae, "loom_jax test")
+    start_run(path, tiny.CONFIG, train, CKPT, FILES, vae, "loom_jax test", origin)
     with RunCheckpoints(path) as checkpoints:
         for step in (3, 6):
             now = jax.tree.map(lambda a, step=step: a + step, average)
             state = {"step": jnp.int32(step), "trainable": trainable, "frozen": frozen, "ema": now}
             checkpoints.save(step, state)
-    return average, vae
+
+
+def make_autoencoder(path: Path, change: Any = lambda params: params, **config: Any) -> Path:
+    """A finished run of an autoencoder whose weights are those of `tiny.vae()`, changed."""
+    save_params(path / "vae", change(nnx.to_pure_dict(nnx.state(tiny.vae(), nnx.Param))))
+    record = {"created_by": "loom_jax test", "config": {"vae": to_mapping(tiny.CONFIG.vae), "seed": 5, **config}}
+    (path / AUTOENCODER_RECORD).write_text(json.dumps(record))
+    return path
+
+
+def shifted(part: str) -> Any:
+    """A change of one bias of the encoder or the decoder."""
+
+    def change(params: Any) -> Any:
+        params[part]["conv_in"]["bias"] = params[part]["conv_in"]["bias"] + 1
+        return params
+
+    return change
 
 
 @pytest.fixture(scope="module")
@@ -105,4 +133,71 @@ def test_runs_that_cannot_be_exported(run, tmp_path):
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         from_run(tmp_path / "young", tmp_path / "folder")
     assert loom(["convert", "from-run", str(tmp_path / "young"), str(tmp_path / "folder")]) == 2
+    assert not (tmp_path / "folder").exists()
+
+
+TRAINED = {"seed": 3, "data": {"seed": 4}, "total_steps": 9, "lora": {"rank": 0, "alpha": 16.0}}
+
+
+def test_the_record_leads_back_to_the_first_weights(run, tmp_path):
+    from_run(run, tmp_path / "first")
+    vae = make_autoencoder(tmp_path / "autoencoder", total_steps=7)
+    train = TRAINED | {"init_from": str(tmp_path / "first"), "vae_from": str(vae)}
+    make_run(tmp_path / "old", tiny.build(), lambda path, _: path[0] != "vit", train)
+    from_run(tmp_path / "old", tmp_path / "folder")
+    trained = read_folder(tmp_path / "folder").provenance["trained"]
+    assert trained["tool"] == "loom_jax test" and trained["total_steps"] == 9
+    assert (trained["seed"], trained["data_seed"], trained["step"]) == (3, 4, 6)
+    assert trained["init_from"] == {"folder": "first", **read_folder(tmp_path / "first").provenance}
+    assert (trained["vae_from"]["folder"], trained["vae_from"]["total_steps"]) == ("autoencoder", 7)
+    assert str(tmp_path) not in (tmp_path / "folder" / RECORD).read_text()
+
+
+def test_what_the_run_wrote_down_counts_and_old_runs_wrote_nothing(tmp_path):
+    origin = {"recipe": ["/data/me/x.py:on", "init_from=/data/w"], "init_from": {"folder": "w", "source": "v step 2"}}
+    train = TRAINED | {"init_from": str(tmp_path / "gone")}
+    make_run(tmp_path / "run", tiny.build(), lambda path, _: path[0] != "vit", train, origin)
+    from_run(tmp_path / "run", tmp_path / "folder")
+    trained = read_folder(tmp_path / "folder").provenance["trained"]
+    assert trained["recipe"] == ["x.py:on", "init_from=w"] and trained["init_from"] == origin["init_from"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["origin"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    from_run(tmp_path / "run", tmp_path / "older")
+    trained = read_folder(tmp_path / "older").provenance["trained"]
+    assert trained["init_from"] == {"folder": "gone"} and "recipe" not in trained
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("/data/runs/a b/world", "world"),
+        ("init_from=/data/runs/world", "init_from=world"),
+        ("data.mixture.0.paths=('/data/a/*.parquet', '/b.parquet')", "data.mixture.0.paths=('*.parquet', 'b.parquet')"),
+        ("configs/world_tiny.py:second", "configs/world_tiny.py:second"),
+        ("init_from=../runs/world", "init_from=../runs/world"),
+        ("init_from=gs://bucket/folder/model", "init_from=gs://bucket/folder/model"),
+        ("1 NVIDIA H200 / other", "1 NVIDIA H200 / other"),
+    ],
+)
+def test_records_hold_no_paths_of_a_machine(given, kept):
+    assert portable({"a": [given, 3]}) == {"a": [kept, 3]}
+
+
+def test_a_decoder_that_was_trained_on_takes_the_place_of_the_first(run, tmp_path):
+    vae = make_autoencoder(tmp_path / "decoder", shifted("decoder"), keep_encoder=True)
+    command = ["convert", "from-run", str(run), str(tmp_path / "folder"), "--vae"]
+    assert loom([*command, str(vae)]) == 0
+    bias = load_folder(tmp_path / "folder").vae.decoder.conv_in.bias[...]
+    np.testing.assert_array_equal(bias, tiny.vae().decoder.conv_in.bias[...] + 1)
+    provenance = read_folder(tmp_path / "folder").provenance
+    assert provenance["autoencoder"]["folder"] == "decoder" and provenance["autoencoder"]["keep_encoder"]
+
+
+def test_an_autoencoder_with_other_latents_is_refused(run, tmp_path):
+    vae = make_autoencoder(tmp_path / "other", shifted("encoder"))
+    with pytest.raises(CheckpointError, match=r"encodes pictures otherwise .*\(encoder/conv_in/bias\)"):
+        from_run(run, tmp_path / "folder", vae=vae)
+    with pytest.raises(CheckpointError, match="no finished autoencoder"):
+        from_run(run, tmp_path / "folder", vae=tmp_path)
     assert not (tmp_path / "folder").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loom_jax.checkpoint import restore_params
+from loom_jax.checkpoint import autoencoder_origin, restore_params
 from loom_jax.cli import main
 from loom_jax.core import STOPPED, AutoencoderConfig, CheckpointError, ConfigError, InputError
 from loom_jax.data import MixtureEntry, Pictures, PicturesConfig
@@ -121,6 +121,10 @@ class TestTraining:
             for name in ("encoder", "decoder")
         }
         assert moved["encoder"] == 0 and 0 < moved["decoder"] < 0.01  # two steps away from where the other ended
+        told = autoencoder_origin(run)
+        assert told["recipe"][0].endswith("world_autoencoder.py:decoder") and "total_steps=2" in told["recipe"]
+        assert told["keep_encoder"] and told["total_steps"] == 2 and told["devices"] == "1 cpu"
+        assert told["init_from"]["folder"] == finished.name and told["init_from"]["total_steps"] == 6
 
     def test_an_encoder_that_is_not_there_cannot_be_kept(self, tmp_path, capsys):
         assert train(tmp_path / "run", "total_steps=2", "keep_encoder=True") == 2

@@ -10,15 +10,20 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from loom_jax.commands.train import read_config
-from loom_jax.configs import bagel_7b
-from loom_jax.core import ConfigError, LoomConfig, from_mapping
+from loom_jax.configs import bagel_7b, world_ablation, world_autoencoder
+from loom_jax.core import CheckpointError, ConfigError, LoomConfig, apply_overrides, from_mapping
 from loom_jax.data import RECIPES
 from loom_jax.document import VIT_TRANSFORM
 from loom_jax.parallel import PRESETS, state_shardings
-from loom_jax.train import draft_step
+from loom_jax.train import AutoencoderTrainConfig, build_job, draft_step
 
 NAMES = ("bagel_7b_finetune", "loom_7b")
 DEVICES = {"v5p-64": 32, "v6e-64": 64, "h100-8": 8, "h200-8": 8, "h100-64": 64, "h200-64": 64}
+WORLD = {
+    "world_tiny": {"first": (), "second": ("init_from", "vae_from"), "on": ("init_from",)},
+    "world_ablation": {"base": ("vae_from",)} | dict.fromkeys(world_ablation.IDEAS, ("init_from",)),
+}
+"""Recipe -> variant -> weights that it goes on from."""
 GIBIBYTES = {"v5p": 95, "v6e": 31, "h100": 79, "h200": 140}
 
 
@@ -87,3 +92,29 @@ def test_a_recipe_says_what_is_ours_and_how_to_run_it(name):
     assert all(word in text for word in ("Command:", "Data:", "Hardware:", "Expect:", "Unpublished, so ours", "rozen"))
     with pytest.raises(ConfigError, match="unknown key"):
         read_config(module(name).get_config().to_dict(), ["optimizer.lr=1"])
+
+
+@pytest.mark.parametrize(("name", "variant"), [(name, variant) for name in WORLD for variant in WORLD[name]])
+def test_a_recipe_of_the_world_is_refused_without_the_weights_that_it_goes_on_from(name, variant):
+    assert set(module(name).VARIANTS) == set(WORLD[name])
+    recipe, needed = module(name).get_config(variant).to_dict(), WORLD[name][variant]
+    for lacking in needed:
+        config = read_config(recipe, [f"{key}=somewhere" for key in needed if key != lacking])
+        with pytest.raises(
+            ConfigError, match=rf"{lacking} is not given: add --config\.{lacking}=DIR, .*(convert|train)"
+        ):
+            build_job(config)
+    config = read_config(recipe, [f"{key}=somewhere" for key in needed])
+    assert config.needs == needed and all(entry.recipe in RECIPES for entry in config.data.mixture)
+    if "init_from" in needed:
+        with pytest.raises(CheckpointError, match="somewhere is not a converted model"):  # it is looked for
+            build_job(config)
+
+
+def test_the_recipe_of_an_autoencoder_is_refused_without_the_encoder_that_it_keeps():
+    assert world_autoencoder.VARIANTS == ("whole", "decoder")
+    whole, decoder = (world_autoencoder.get_config(variant).to_dict() for variant in world_autoencoder.VARIANTS)
+    assert from_mapping(AutoencoderTrainConfig, whole).init_from is None
+    with pytest.raises(ConfigError, match=r"no encoder to keep; add --config\.init_from=DIR"):
+        from_mapping(AutoencoderTrainConfig, decoder)
+    assert from_mapping(AutoencoderTrainConfig, apply_overrides(decoder, ["init_from=somewhere"])).keep_encoder

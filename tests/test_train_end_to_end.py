@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loom_jax.checkpoint import read_params, saved_steps, step_path, stored_params
+from loom_jax.checkpoint import read_folder, read_params, saved_steps, step_path, stored_params
 from loom_jax.cli import main as loom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,16 @@ from loom_jax.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def test_the_run_and_its_export_say_by_what_they_were_trained(recipe, watched, tmp_path):
+    assert loom(["convert", "from-run", str(watched), str(tmp_path / "model"), "--step", "2"]) == 0
+    trained = read_folder(tmp_path / "model").provenance["trained"]
+    assert trained["recipe"] == ["small.py", "total_steps=2", *WATCHED]
+    assert (trained["seed"], trained["data_seed"], trained["step"], trained["total_steps"]) == (42, 42, 2, 2)
+    assert trained["tool"].startswith("loom_jax ") and trained["devices"] == "1 cpu"
+    assert json.loads((watched / "run.json").read_text())["origin"]["recipe"][0] == str(recipe)
+    assert str(recipe.parent) not in (tmp_path / "model" / "loom.json").read_text()
 
 
 def test_a_disk_that_is_full_ends_a_run_in_one_line_and_it_goes_on_later(recipe, watched):

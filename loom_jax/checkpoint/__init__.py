@@ -27,11 +27,21 @@ from loom_jax.checkpoint.folder import (
     shipped_folder,
     write_record,
 )
+from loom_jax.checkpoint.origin import AUTOENCODER_RECORD, autoencoder_origin, began_with, portable, run_origin
 from loom_jax.checkpoint.remote import address_of, refuse_address
-from loom_jax.checkpoint.run import Restored, RunCheckpoints, param_sources, read_run_params, saved_steps, step_path
+from loom_jax.checkpoint.run import (
+    Restored,
+    RunCheckpoints,
+    param_sources,
+    read_meta,
+    read_run_params,
+    saved_steps,
+    step_path,
+)
 from loom_jax.checkpoint.run_folder import RUN_RECORD, RUN_SCHEMA_VERSION, RunFolder, read_run, start_run
 
 __all__ = [
+    "AUTOENCODER_RECORD",
     "COMPONENTS",
     "CONCURRENT_BYTES",
     "RECORD",
@@ -46,13 +56,17 @@ __all__ = [
     "RunFolder",
     "StoredParam",
     "address_of",
+    "autoencoder_origin",
+    "began_with",
     "check_shapes",
     "load_module",
     "migrate",
     "named",
     "new_folder",
     "param_sources",
+    "portable",
     "read_folder",
+    "read_meta",
     "read_params",
     "read_pieces",
     "read_run",
@@ -60,6 +74,7 @@ __all__ = [
     "refuse_address",
     "restore_component",
     "restore_params",
+    "run_origin",
     "save_params",
     "saved_steps",
     "shared_folder",

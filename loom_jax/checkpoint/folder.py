@@ -91,22 +91,22 @@ def read_folder(path: Path | str) -> ModelFolder:
     try:
         text = _record_text(path, address)
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): convert the release again") from error
+        raise CheckpointError(f"{file} cannot be read ({error}): convert it again") from error
     if text is None:
         raise CheckpointError(
-            f"{address or path} is not a converted model: it holds no {RECORD}; make one with "
-            "`loom convert to-orbax RELEASE FOLDER`"
+            f"{address or path} is not a converted model: it holds no {RECORD}; make one with `loom convert`, of a "
+            "training run (`from-run RUN FOLDER`) or of a release (`to-orbax RELEASE FOLDER`)"
         )
     try:
         record = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): convert the release again") from error
+        raise CheckpointError(f"{file} cannot be read ({error}): convert it again") from error
     if not isinstance(record, dict):
-        raise CheckpointError(f"{file} holds a {type(record).__name__}, expected an object: convert the release again")
+        raise CheckpointError(f"{file} holds a {type(record).__name__}, expected an object: convert it again")
     record = migrate(record, file)
     lacking = [key for key in ("config", "provenance", "files") if key not in record]
     if lacking:
-        raise CheckpointError(f"{file} lacks key {lacking[0]!r}: convert the release again")
+        raise CheckpointError(f"{file} lacks key {lacking[0]!r}: convert it again")
     config = from_mapping(LoomConfig, record["config"], "config.")
     files = tuple(record["files"])
     return ModelFolder(
@@ -150,16 +150,14 @@ def migrate(
     """
     found = record.get("schema_version")
     if not isinstance(found, int):
-        raise CheckpointError(f"{file} has schema_version {found!r}, expected a number: convert the release again")
+        raise CheckpointError(f"{file} has schema_version {found!r}, expected a number: make it anew")
     if found > version:
         raise CheckpointError(
             f"{file} has schema_version {found}, this loom_jax knows up to {version}: upgrade loom_jax"
         )
     while found < version:
         if found not in migrations:
-            raise CheckpointError(
-                f"{file} has schema_version {found}, which cannot be migrated: convert the release again"
-            )
+            raise CheckpointError(f"{file} has schema_version {found}, which cannot be migrated: make it anew")
         record = migrations[found](record)
         found += 1
     return {**record, "schema_version": version}

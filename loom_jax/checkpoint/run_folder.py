@@ -36,6 +36,7 @@ class RunFolder:
       train: the whole training configuration, as a mapping.
       files: names of the files that were taken along.
       created_by: name and version of the tool.
+      origin: by what it was begun, and with what weights, as `run_origin` and `began_with` tell it; empty in old runs.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class RunFolder:
     train: Mapping[str, Any]
     files: tuple[str, ...]
     created_by: str
+    origin: Mapping[str, Any]
 
 
 def start_run(
@@ -53,6 +55,7 @@ def start_run(
     files: tuple[str, ...],
     vae_params: Any,
     created_by: str,
+    origin: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Makes a run folder, or goes on with one: what is there already stays as it is. All processes make the same call.
 
@@ -60,6 +63,7 @@ def start_run(
       train: the training configuration as JSON can hold it.
       files_from, files: where the tokenizer's and other files lie, and their names.
       vae_params: parameters of the autoencoder, as nnx.State or nested dicts of jax arrays.
+      origin: by what it is begun, as JSON can hold it.
 
     Raises:
       CheckpointError: the folder belongs to a run of another model, or cannot be written to.
@@ -85,6 +89,7 @@ def start_run(
             record = {
                 "schema_version": RUN_SCHEMA_VERSION,
                 "created_by": created_by,
+                "origin": dict(origin or {}),
                 "config": to_mapping(config),
                 "train": dict(train),
                 "files": list(files),
@@ -125,7 +130,8 @@ def read_run(path: Path) -> RunFolder:
     if lacking:
         raise CheckpointError(f"{file} lacks key {lacking[0]!r}: begin a new run")
     config = from_mapping(LoomConfig, record["config"], "config.")
-    return RunFolder(path, config, record["train"], tuple(record["files"]), record["created_by"])
+    files = tuple(record["files"])
+    return RunFolder(path, config, record["train"], files, record["created_by"], record.get("origin", {}))
 
 
 def _difference(found: LoomConfig, expected: LoomConfig) -> str:

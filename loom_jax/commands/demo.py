@@ -40,7 +40,7 @@ GIVEN, GENERATED, TRAINED = "given", "generated", "training"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the demonstration and prints what came of it.
+    """Runs the demonstration and prints what came of it; returns STOPPED where training was asked to stop.
 
     Raises:
       InputError: bad usage, or weights that are not there or do not fit the recipe.
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
     for line in read_back(args.out / GENERATED, outcomes):
         print(line)
     print(f"look at {args.out / GENERATED / 'gallery.html'}\n", flush=True)
-    _train(args.out / TRAINED, weights)
+    if status := _train(args.out / TRAINED, weights):
+        return status
     print(_read_log(args.out / TRAINED / "metrics.jsonl"))
     print(f"done in {time.perf_counter() - started:.0f} s")
     return 0
@@ -168,14 +169,14 @@ def read_back(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def _train(workdir: Path, weights: Path) -> None:
-    """Trains on from the weights."""
+def _train(workdir: Path, weights: Path) -> int:
+    """Trains on from the weights; returns the status of the command."""
     from loom_jax import configs
     from loom_jax.commands import train
 
     recipe = Path(configs.__file__).with_name("world_tiny.py")
     arguments = ["--config", f"{recipe}:on", f"--config.init_from={weights}", *TRAINING, "--workdir", str(workdir)]
-    _run("train", train.main, arguments)
+    return _run("train", train.main, arguments)
 
 
 def _read_log(path: Path) -> str:
@@ -186,7 +187,7 @@ def _read_log(path: Path) -> str:
     return f"loss from {losses}, {last['tokens_per_second']:,.0f} tokens/s"
 
 
-def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> None:
-    """Runs another command of `loom`, after it showed what one would type for it."""
+def _run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Runs another command of `loom`, after it showed what one would type for it; returns its status."""
     print(f"$ loom {name} {shlex.join(arguments)}", flush=True)
-    command(arguments)
+    return command(arguments)

@@ -37,7 +37,7 @@ EPILOG = """examples:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog=NAME, description="Generate pictures or text with a converted model.", epilog=EPILOG)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="DIR", help="folder made by `loom convert to-orbax`")
+    add("--checkpoint", type=Path, metavar="DIR", help="folder made by `loom convert`")
     add("--prompt", help="what to make, or to answer")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="input picture; may be repeated")
     add("--task", choices=(*TASKS, *INTERLEAVED), help="by default: edit where pictures are given, else image")

@@ -50,12 +50,12 @@ def main(argv: list[str]) -> int:
     add("--num-processes", type=int, metavar="N", help="likewise")
     add("--process-id", type=int, metavar="I", help="likewise")
     args = parser.parse_args([a for a in argv if not a.startswith(f"{CONFIG}.")])
-    recipe = read_recipe(args.config)
+    recipe, given = read_recipe(args.config), (str(args.config), *overrides)
     from loom_jax.checkpoint import refuse_address
 
     refuse_address(args.workdir, "--workdir")
     if "pictures" in recipe:
-        return _train_autoencoder(recipe, overrides, args.workdir)
+        return _train_autoencoder(recipe, given, args.workdir)
     config = read_config(recipe, overrides)
     from loom_jax.parallel import start_distributed
 
@@ -68,16 +68,16 @@ def main(argv: list[str]) -> int:
     from loom_jax.generate.samples import sample_hooks
     from loom_jax.train import train
 
-    state = train(config, args.workdir, sample_hooks)
+    state = train(config, args.workdir, sample_hooks, given)
     print(args.workdir)
     return 0 if int(state.step) >= config.total_steps else STOPPED
 
 
-def _train_autoencoder(recipe: dict[str, Any], overrides: list[str], workdir: Path) -> int:
+def _train_autoencoder(recipe: dict[str, Any], given: tuple[str, ...], workdir: Path) -> int:
     from loom_jax.train import AutoencoderTrainConfig, train_autoencoder
 
-    config = from_mapping(AutoencoderTrainConfig, apply_overrides(recipe, overrides))
-    state = train_autoencoder(config, workdir)
+    config = from_mapping(AutoencoderTrainConfig, apply_overrides(recipe, given[1:]))
+    state = train_autoencoder(config, workdir, given)
     print(workdir)
     return 0 if int(state.step) >= config.total_steps else STOPPED
 

@@ -136,10 +136,11 @@ class SavedWork:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(
-                f"{folder}: no {RECORD} in it, so nothing was saved there: start anew with --out"
+                f"{folder}: no {RECORD} in it, so nothing was saved there: give a folder that "
+                "`loom generate` made for interleaved tasks"
             ) from error
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder / RECORD} cannot be read ({error}): restore it, or start anew") from error
+            raise InputError(f"{folder / RECORD} cannot be read ({error}): restore it, or generate anew") from error
         if not isinstance(record, dict) or record.get("kind") != KIND:
             raise InputError(f"{folder / RECORD} does not belong to interleaved work: only that can be resumed")
         if record.get("schema") != SCHEMA:
@@ -317,16 +318,16 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     """Raises InputError where a record lacks something, or holds what cannot stand there."""
     results = record.get("results")
     if not isinstance(results, list) or not isinstance(record.get("sessions"), list):
-        raise InputError(f"{path} lacks its results or sessions: restore it, or start anew")
+        raise InputError(f"{path} lacks its results or sessions: restore it, or generate anew")
     for number, entry in enumerate(results):
         if not isinstance(entry, dict) or entry.get("number") != number:
-            raise InputError(f"{path}: results {number} is not request {number}: restore it, or start anew")
+            raise InputError(f"{path}: results {number} is not request {number}: restore it, or generate anew")
         wrong = _wrong(entry, _FIELDS | ({} if entry.get("task") is None else _ASKED))
         if wrong is None:
             names = [(turn, _frame_name(number, turn)) for turn in range(1, len(entry["frames"]) + 1)]
             wrong = None if names == [(frame["turn"], frame["image"]) for frame in entry["frames"]] else "frames"
         if wrong is not None:
-            raise InputError(f"{path}: request {number} has no valid {wrong!r}: restore it, or start anew")
+            raise InputError(f"{path}: request {number} has no valid {wrong!r}: restore it, or generate anew")
 
 
 def _wrong(values: Mapping[str, Any], checks: Mapping[str, _Check]) -> str | None:

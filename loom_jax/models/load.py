@@ -36,7 +36,7 @@ def load_folder(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
 ) -> LoadedModel:
-    """Loads a folder made by `converters.bagel to-orbax`: weights go straight onto their devices.
+    """Loads a folder made by `loom convert`: weights go straight onto their devices.
 
     Args:
       mesh, preset: where the weights go; on the first device by default, on `parallel.make_mesh(preset)` where only a

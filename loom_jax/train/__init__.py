@@ -1,6 +1,11 @@
 """Training: configuration, state, losses, optimizer, the pure step, and the loop around it."""
 
-from loom_jax.train.autoencoder import AutoencoderTrainConfig, restore_autoencoder, train_autoencoder
+from loom_jax.train.autoencoder import (
+    AutoencoderTrainConfig,
+    check_autoencoder,
+    restore_autoencoder,
+    train_autoencoder,
+)
 from loom_jax.train.config import (
     EmaConfig,
     LoraConfig,
@@ -70,6 +75,7 @@ __all__ = [
     "apply_updates",
     "batch_losses",
     "build_job",
+    "check_autoencoder",
     "chunked_cross_entropy",
     "clean_latents",
     "cross_entropy",

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,14 @@ import optax
 from flax import nnx
 
 import loom_jax
-from loom_jax.checkpoint import RunCheckpoints, restore_params, save_params
+from loom_jax.checkpoint import (
+    AUTOENCODER_RECORD,
+    RunCheckpoints,
+    autoencoder_origin,
+    restore_params,
+    run_origin,
+    save_params,
+)
 from loom_jax.core import AutoencoderConfig, CheckpointError, ConfigError, LoomError, from_mapping, to_mapping
 from loom_jax.data import Pictures, PicturesConfig
 from loom_jax.models import Autoencoder
@@ -29,8 +37,8 @@ from loom_jax.train.log import console, open_log
 from loom_jax.train.optimizer import make_optimizer
 from loom_jax.train.state import update_ema
 
-RECORD, WEIGHTS = "autoencoder.json", "vae"
-"""What a finished run leaves for `TrainConfig.vae_from`: its record, and the moving average of its weights."""
+WEIGHTS = "vae"
+"""What a finished run leaves for `TrainConfig.vae_from` beside its record: the moving average of its weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +72,10 @@ class AutoencoderTrainConfig:
 
     def __post_init__(self) -> None:
         if self.keep_encoder and self.init_from is None:
-            raise ConfigError("keep_encoder=True without init_from: there is no encoder to keep")
+            raise ConfigError(
+                "keep_encoder=True without init_from: there is no encoder to keep; add --config.init_from=DIR, the "
+                "folder of a finished autoencoder"
+            )
         if self.pictures.side % self.vae.downsample:
             raise ConfigError(
                 f"pictures.side={self.pictures.side}: must be a multiple of {self.vae.downsample} for vae.ch_mult="
@@ -86,10 +97,11 @@ class AutoencoderState(NamedTuple):
     optimizer: optax.OptState
 
 
-def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> AutoencoderState:
+def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path, recipe: Sequence[str] = ()) -> AutoencoderState:
     """Trains until `config.total_steps`, going on where `workdir` stopped; returns the last state.
 
-    A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint.
+    A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint. `recipe` goes into the record of a new
+    run: the file that `config` was read from, and what was changed in it (`KEY=VALUE`).
 
     Raises:
       CheckpointError: `workdir` belongs to another run.
@@ -104,7 +116,7 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path) -> Autoenco
         average = jax.tree.map(jnp.copy, params) if config.ema.decay else None
         return AutoencoderState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
-    _start(workdir, config)
+    _start(workdir, config, recipe)
     checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
     restored = checkpoints.restore(jax.eval_shape(begin, abstract))
     state, first = (begin(_first(config, abstract)), 0) if restored is None else (restored.state, restored.step)
@@ -176,20 +188,26 @@ def restore_autoencoder(path: Path, config: AutoencoderConfig, abstract: Any, sh
     Raises:
       CheckpointError: the run is not finished, or its autoencoder is another one.
     """
-    _check_finished(path, config)
+    check_autoencoder(path, config)
     return restore_params(path / WEIGHTS, abstract, shardings, dtype=jnp.float32)
 
 
-def _check_finished(path: Path, config: AutoencoderConfig) -> None:
-    record = path / RECORD
+def check_autoencoder(path: Path, config: AutoencoderConfig) -> Path:
+    """Returns where a finished run left the weights of an autoencoder of these sizes.
+
+    Raises:
+      CheckpointError: the run is not finished, or its autoencoder is another one.
+    """
+    record = path / AUTOENCODER_RECORD
     if not record.is_file() or not (path / WEIGHTS).is_dir():
         raise CheckpointError(
-            f"{path} holds no finished autoencoder ({RECORD} and {WEIGHTS}/): train one with "
+            f"{path} holds no finished autoencoder ({AUTOENCODER_RECORD} and {WEIGHTS}/): train one with "
             "`loom train --config configs/world_autoencoder.py`"
         )
     found = from_mapping(AutoencoderConfig, json.loads(record.read_text(encoding="utf-8"))["config"]["vae"], "vae.")
     if found != config:
         raise CheckpointError(f"{path} holds an autoencoder of {found}, but model.vae is {config}: give its sizes")
+    return path / WEIGHTS
 
 
 def _build(config: AutoencoderTrainConfig) -> Autoencoder:
@@ -208,19 +226,21 @@ def _parts(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params)
 
 
-def _start(workdir: Path, config: AutoencoderTrainConfig) -> None:
+def _start(workdir: Path, config: AutoencoderTrainConfig, recipe: Sequence[str]) -> None:
     """Writes the record of the run, or checks the one that is there."""
-    record, mapping = workdir / RECORD, to_mapping(config)
+    record, mapping = workdir / AUTOENCODER_RECORD, to_mapping(config)
     if record.is_file():
         found = json.loads(record.read_text(encoding="utf-8"))["config"]
         if found["vae"] != mapping["vae"]:
             raise CheckpointError(f"{workdir} is a run of another autoencoder ({found['vae']}): choose another folder")
         return
+    origin = run_origin(recipe, f"1 {jax.devices()[0].device_kind}")
     if config.init_from is not None:
-        _check_finished(Path(config.init_from), config.vae)
+        check_autoencoder(Path(config.init_from), config.vae)
+        origin["init_from"] = autoencoder_origin(config.init_from)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        content = {"created_by": f"loom_jax {loom_jax.__version__}", "config": mapping}
+        content = {"created_by": f"loom_jax {loom_jax.__version__}", "config": mapping, "origin": origin}
         record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{workdir} cannot be made a run folder ({error}): choose another place") from error

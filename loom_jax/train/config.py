@@ -158,6 +158,7 @@ class TrainConfig:
       init_from: converted folder to start from; without one all weights are drawn from `seed`.
       vae_from: folder of a finished run of an autoencoder (loom_jax.train.AutoencoderTrainConfig). Without one it is
         that of `init_from`; a job that starts from nothing draws it, and what the model learns to draw means nothing.
+      needs: which of these two must be given, in a recipe that makes no sense from random weights.
       tokenizer: of a job that starts from nothing: one token for each byte, or for each word of the tutorial world.
       frozen: patterns of parameter paths that are not trained (`vit/*`).
       freeze_und: the original's flag: gradients of und activations are cut.
@@ -173,6 +174,7 @@ class TrainConfig:
     held_out: DataConfig | None = None
     init_from: str | None = None
     vae_from: str | None = None
+    needs: tuple[Literal["init_from", "vae_from"], ...] = ()
     tokenizer: Literal["bytes", "world"] = "bytes"
     total_steps: int = 500_000
     seed: int = 42

@@ -38,6 +38,12 @@ from loom_jax.train.optimizer import learning_rate, make_optimizer
 from loom_jax.train.state import TrainState, check_frozen, init_state, parameter_names, split_model
 from loom_jax.train.step import StepParts, make_train_step
 
+NEEDED = {
+    "init_from": "a converted folder, such as `loom convert from-run RUN FOLDER` makes of an earlier run",
+    "vae_from": "the folder of a finished autoencoder, which configs/world_autoencoder.py trains",
+}
+"""What to give for a key of TrainConfig.needs."""
+
 
 @dataclasses.dataclass
 class Job:
@@ -125,6 +131,7 @@ def build_job(config: TrainConfig) -> Job:
       ConfigError: the configuration contradicts itself or the folder it starts from.
       CheckpointError: that folder cannot be used.
     """
+    _check_needs(config)
     mesh = make_mesh(dict(zip(config.mesh.axes, config.mesh.sizes, strict=True)) or config.mesh.preset)
     source = None if config.init_from is None else read_folder(config.init_from)
     if source is not None:
@@ -203,6 +210,16 @@ def draft_step(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Draft:
     )
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), vae, vae_shardings)
     return Draft(parts, step, abstract, shardings, placed)
+
+
+def _check_needs(config: TrainConfig) -> None:
+    """Raises ConfigError where a recipe is not given the weights that it goes on from."""
+    for key in config.needs:
+        if getattr(config, key) is None:
+            raise ConfigError(
+                f"this recipe goes on from weights that are there, and {key} is not given: add --config.{key}=DIR, "
+                f"{NEEDED[key]}"
+            )
 
 
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:

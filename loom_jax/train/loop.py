@@ -13,7 +13,7 @@ from typing import Protocol
 import jax
 
 import loom_jax
-from loom_jax.checkpoint import RunCheckpoints, start_run
+from loom_jax.checkpoint import RunCheckpoints, began_with, run_origin, start_run
 from loom_jax.core import CheckpointError, to_mapping
 from loom_jax.parallel import PreemptionNotice, global_batch
 from loom_jax.train.config import TrainConfig
@@ -40,10 +40,11 @@ class Hook(Protocol):
 Hooks = Callable[[Job, Path], Sequence[Hook]]
 
 
-def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> TrainState:
+def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None, recipe: Sequence[str] = ()) -> TrainState:
     """Trains until `config.total_steps`, going on where `workdir` stopped; returns the last state.
 
-    A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint.
+    A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint. `recipe` goes into the record of a new
+    run: the file that `config` was read from, and what was changed in it (`KEY=VALUE`).
 
     Raises:
       ConfigError: the configuration cannot be used.
@@ -53,7 +54,7 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
     watch = Watch(workdir, config)
     job = build_job(config)
     data = job.open_data()
-    _start_folder(job, workdir)
+    _start_folder(job, workdir, recipe)
     checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
     restored = checkpoints.restore(job.abstract_state, job.shardings)
     if restored is None:
@@ -95,7 +96,8 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
             if stop or checkpoints.due(step):
                 log.flush()
                 with watch.part("save"):
-                    checkpoints.save(step, state, data.get_state(), {"preempted": step < config.total_steps and stop})
+                    meta = {"preempted": step < config.total_steps and stop, "total_steps": config.total_steps}
+                    checkpoints.save(step, state, data.get_state(), meta)
             checkpoints.check()
             if stop:
                 log.say(f"stopped after step {step} of {config.total_steps}, with a checkpoint")
@@ -103,7 +105,7 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None) -> Tra
     return state
 
 
-def _start_folder(job: Job, workdir: Path) -> None:
+def _start_folder(job: Job, workdir: Path, recipe: Sequence[str]) -> None:
     """Makes the run folder, or checks the one that is there; it holds all that an export needs."""
     with tempfile.TemporaryDirectory(prefix="loom_run_") as scratch:
         files = Path(scratch)
@@ -113,7 +115,10 @@ def _start_folder(job: Job, workdir: Path) -> None:
         job.encoder.tokenizer.save(files)
         names = tuple(sorted(path.name for path in files.iterdir()))
         created_by = f"loom_jax {loom_jax.__version__}"
-        run = start_run(workdir, job.config.model, to_mapping(job.config), files, names, job.vae_params, created_by)
+        mapping = to_mapping(job.config)
+        origin = run_origin(recipe, f"{job.mesh.size} {job.mesh.devices.flat[0].device_kind}")
+        origin |= began_with(job.config.init_from, job.config.vae_from)
+        run = start_run(workdir, job.config.model, mapping, files, names, job.vae_params, created_by, origin)
     begun, given = run.train.get("vae_from"), job.config.vae_from
     if (begun and Path(begun).resolve()) != (given and Path(given).resolve()):
         raise CheckpointError(
