@@ -39,6 +39,7 @@ MESHES = {
 def get_config(variant: str = "h100-8") -> ml_collections.ConfigDict:
     """Returns the recipe for a key of MESHES; the keys are those of loom_jax.train.TrainConfig."""
     config = bagel_7b.get_config()
+    config.needs = ("init_from",)
     config.total_steps = 20_000
     config.frozen = ("vit/*",)
     config.mesh = MESHES[variant]["mesh"]

@@ -56,6 +56,7 @@ WEIGHTS = {
 def get_config(variant: str = "h100-64") -> ml_collections.ConfigDict:
     """Returns the recipe for a key of MESHES; the keys are those of loom_jax.train.TrainConfig."""
     config = bagel_7b.get_config()
+    config.needs = ("init_from",)
     config.total_steps = 10_000
     config.frozen = ("vit/*",)
     config.mesh = MESHES[variant]["mesh"]

@@ -15,9 +15,10 @@ from loom_jax.launch.scripts import KINDS, Kind, render_job
 NAME = "loom_jax.launch.render"
 EPILOG = """examples:
   python -m loom_jax.launch.render slurm --config configs/bagel_7b_finetune.py --workdir runs/7b \\
-      --nodes 4 --devices-per-node 8 --partition gpu --time-limit 12:00:00 --dry-run
+      --config.init_from=bagel_7b --nodes 4 --devices-per-node 8 --partition gpu --time-limit 12:00:00 --dry-run
   python -m loom_jax.launch.render jobset --config configs/bagel_7b_finetune.py --workdir /data/runs/7b \\
-      --claim data=/data --accelerator tpu --tpu v5p --topology 4x4x4 --nodes 16 --image REGISTRY/loom:1 --out 7b.yaml
+      --config.init_from=/data/bagel_7b --claim data=/data --accelerator tpu --tpu v5p --topology 4x4x4 --nodes 16 \\
+      --image REGISTRY/loom:1 --out 7b.yaml
 
 --dry-run prints what would be submitted, --out writes it; without either it is submitted."""
 
