@@ -284,10 +284,21 @@ def test_a_report_holds_figures_plots_and_samples(tmp_path):
     entry = found["test", "tutorial", "step", None]
     assert entry["low"] <= entry["mean"] <= entry["high"] and entry["requests"] == SUITE.count
     assert ("long", "tutorial", "step", 6) in found
+    kinds = {(s["split"], s["task"], s["kind"], s["metric"]): s for s in scores["kinds"]}
+    assert kinds["test", "tutorial", "paint", "step"]["mean"] == 1 > kinds["test", "tutorial", "add", "step"]["mean"]
+    assert {kind for _, task, kind, _ in kinds if task == "style"} <= {"pastel", "outline", "stripes", "night"}
     assert len(paths[1].read_text().splitlines()) == len(measure(outcomes))
     page = paths[2].read_text()
     assert page.count("data:image/png;base64,") > 40 and "http" not in page.replace("http-equiv", "")
     assert "(no step)" not in page and page.count('class="px bad"') > 0 and page.count('class="px ok"') > 0
+
+
+@pytest.mark.parametrize("split", ["train", "train_long"])
+def test_a_report_can_be_made_of_every_split(tmp_path, split):
+    suite = WorldSuite(tasks=("tutorial", "style"), splits=(split,), count=2)
+    outcomes = run_suite(suite, Oracle(suite))
+    page = write_report(tmp_path, suite, outcomes, measure(outcomes), {})[-1].read_text()
+    assert f"<th>{split}</th>" in page and "By what a step does" in page
 
 
 def test_a_sheet_shows_what_was_made_over_what_should_be():

@@ -12,12 +12,25 @@ from loom_jax.evaluate.judge import (
     read_sequences,
     read_verdict,
 )
-from loom_jax.evaluate.metrics import METRICS, Measurement, Outcome, Score, f1, measure, shows, summarise, values_of
+from loom_jax.evaluate.metrics import (
+    KIND_METRICS,
+    METRICS,
+    Measurement,
+    Outcome,
+    Score,
+    f1,
+    measure,
+    shows,
+    summarise,
+    summarise_kinds,
+    values_of,
+)
 from loom_jax.evaluate.report import MEASUREMENTS, PAGE, SCORES, sample_sheet, write_report
 from loom_jax.evaluate.suite import GENERATED_AS, Make, WorldSuite, collect, condition_pictures, run_suite
 
 __all__ = [
     "GENERATED_AS",
+    "KIND_METRICS",
     "MEASUREMENTS",
     "METRICS",
     "PAGE",
@@ -47,6 +60,7 @@ __all__ = [
     "sample_sheet",
     "shows",
     "summarise",
+    "summarise_kinds",
     "values_of",
     "wilson",
     "write_report",

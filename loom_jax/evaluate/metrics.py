@@ -42,6 +42,8 @@ METRICS = {
 }
 """What is measured, each from 0 to 1. `plan` and `sequence` are of a request, the others of a frame. A frame that is
 missing, or shows nothing of this world, is wrong in everything."""
+KIND_METRICS = ("plan_step", "step")
+"""Those that are told apart by what a step does, and by style."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,12 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One value of one metric. `turn` counts from 1, or is None where the metric is of the whole request."""
+    """One value of one metric.
+
+    Attributes:
+      turn: counts from 1; None where the metric is of the whole request.
+      kind: what the turn is about: `paint`, `add`, `recolour`, `move` or `remove`, or of a style its name; else None.
+    """
 
     number: int
     split: Split
@@ -76,17 +83,19 @@ class Measurement:
     metric: str
     turn: int | None
     value: float
+    kind: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A metric over the requests of one split and task; `turn` is None for all turns together."""
+    """A metric over the requests of one split and task; `turn` and `kind` are None for all of them together."""
 
     split: Split
     task: str
     metric: str
     turn: int | None
     interval: Interval
+    kind: str | None = None
 
 
 def measure(outcomes: Sequence[Outcome]) -> list[Measurement]:
@@ -103,9 +112,18 @@ def measure(outcomes: Sequence[Outcome]) -> list[Measurement]:
     out: list[Measurement] = []
     for outcome in outcomes:
         own = [next(readings) for _ in outcome.frames]
+        of = (outcome.number, outcome.split, outcome.example.task)
         for metric, turn, value in _measure_request(outcome, own):
-            out.append(Measurement(outcome.number, outcome.split, outcome.example.task, metric, turn, float(value)))
+            out.append(Measurement(*of, metric, turn, float(value), _kind(outcome.example, turn)))
     return out
+
+
+def _kind(example: Example, turn: int | None) -> str | None:
+    if turn is None or turn > len(example.frames):
+        return None
+    if example.task == "style":
+        return example.frames[turn - 1].style
+    return type(example.steps[turn - 1]).__name__.lower() if example.steps else None
 
 
 def summarise(measurements: Sequence[Measurement], confidence: float = 0.95) -> list[Score]:
@@ -117,6 +135,18 @@ def summarise(measurements: Sequence[Measurement], confidence: float = 0.95) -> 
     return [
         Score(split, task, metric, turn, estimate(values, confidence))
         for (split, task, metric, turn), values in groups.items()
+    ]
+
+
+def summarise_kinds(measurements: Sequence[Measurement], confidence: float = 0.95) -> list[Score]:
+    """Returns the means of KIND_METRICS for each split, task and kind of step or style."""
+    groups: dict[tuple[Split, str, str, str], dict[Hashable, list[float]]] = {}
+    for m in measurements:
+        if m.kind is not None and m.metric in KIND_METRICS:
+            groups.setdefault((m.split, m.task, m.metric, m.kind), {}).setdefault(m.number, []).append(m.value)
+    return [
+        Score(split, task, metric, None, estimate(values, confidence), kind)
+        for (split, task, metric, kind), values in sorted(groups.items())
     ]
 
 

@@ -17,12 +17,21 @@ from PIL import Image as PILImage
 
 from loom_jax.core import LoomError
 from loom_jax.data.world import encode_png, read_pictures, render
-from loom_jax.evaluate.metrics import METRICS, Measurement, Outcome, Score, read_plan, shows, summarise
+from loom_jax.evaluate.metrics import (
+    METRICS,
+    Measurement,
+    Outcome,
+    Score,
+    read_plan,
+    shows,
+    summarise,
+    summarise_kinds,
+)
 from loom_jax.evaluate.suite import WorldSuite
 
-SCHEMA = 1
+SCHEMA = 2
 SCORES, MEASUREMENTS, PAGE = "scores.json", "measurements.jsonl", "report.html"
-_COLOURS = {"train": "#8c8c94", "test": "#2f5fd0", "long": "#d97a1a"}
+_COLOURS = {"train": "#8c8c94", "train_long": "#5b5b63", "test": "#2f5fd0", "long": "#d97a1a"}
 _PLOTTED = ("step", "plan", "sequence", "f1", "consistency")
 
 
@@ -47,11 +56,12 @@ def write_report(
     Raises:
       LoomError: they cannot be written.
     """
-    scores = summarise(measurements)
+    scores, kinds = summarise(measurements), summarise_kinds(measurements)
     facts = {**run, "suite": describe_suite(suite)}
-    page = render_page(outcomes, scores, facts, samples)
+    page = render_page(outcomes, scores, kinds, facts, samples)
+    entries = {"scores": list(map(score_entry, scores)), "kinds": list(map(score_entry, kinds))}
     texts = {
-        SCORES: json.dumps({"schema": SCHEMA, **facts, "scores": list(map(score_entry, scores))}, indent=1) + "\n",
+        SCORES: json.dumps({"schema": SCHEMA, **facts, **entries}, indent=1) + "\n",
         MEASUREMENTS: "".join(json.dumps(dataclasses.asdict(m)) + "\n" for m in measurements),
         PAGE: page,
     }
@@ -71,11 +81,14 @@ def describe_suite(suite: WorldSuite) -> dict[str, Any]:
 
 def score_entry(score: Score) -> dict[str, Any]:
     """Returns a score as JSON."""
-    place = {"split": score.split, "task": score.task, "metric": score.metric, "turn": score.turn}
+    place = {"split": score.split, "task": score.task, "metric": score.metric}
+    place |= {"turn": score.turn} if score.kind is None else {"kind": score.kind}
     return {**place, **dataclasses.asdict(score.interval)}
 
 
-def render_page(outcomes: Sequence[Outcome], scores: Sequence[Score], facts: Mapping[str, Any], samples: int) -> str:
+def render_page(
+    outcomes: Sequence[Outcome], scores: Sequence[Score], kinds: Sequence[Score], facts: Mapping[str, Any], samples: int
+) -> str:
     """Returns the page as HTML."""
     splits = list(dict.fromkeys(score.split for score in scores))
     tasks = list(dict.fromkeys(score.task for score in scores))
@@ -94,6 +107,8 @@ def render_page(outcomes: Sequence[Outcome], scores: Sequence[Score], facts: Map
             tasks=tasks,
             metrics=METRICS,
             cells=cells,
+            kinds=sorted({(s.task, s.kind, s.metric) for s in kinds}),
+            kind_cells={(s.split, s.task, s.kind, s.metric): s.interval for s in kinds},
             plots=[plot for plot in (plot_tasks(scores), plot_turns(scores)) if plot],
             groups=shown,
             failures=[
