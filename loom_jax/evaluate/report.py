@@ -81,7 +81,7 @@ def describe_suite(suite: WorldSuite) -> dict[str, Any]:
 
 def score_entry(score: Score) -> dict[str, Any]:
     """Returns a score as JSON."""
-    place = {"split": score.split, "task": score.task, "metric": score.metric}
+    place: dict[str, Any] = {"split": score.split, "task": score.task, "metric": score.metric}
     place |= {"turn": score.turn} if score.kind is None else {"kind": score.kind}
     return {**place, **dataclasses.asdict(score.interval)}
 
