@@ -167,13 +167,14 @@ def _print_table(measurements: Sequence[Measurement]) -> None:
     from loom_jax.evaluate import METRICS, summarise
 
     scores = {(s.split, s.task, s.metric): s.interval for s in summarise(measurements) if s.turn is None}
-    columns = list(dict.fromkeys((split, task) for split, task, _ in scores))
-    table = Table("metric", *(f"{task}\n{split}" for split, task in columns))
-    for metric in METRICS:
-        found = [scores.get((*column, metric)) for column in columns]
-        cells = ["-" if i is None else f"{100 * i.mean:.1f}\n{100 * i.low:.0f}-{100 * i.high:.0f}" for i in found]
-        table.add_row(metric, *cells)
-    Console().print(table)
+    tasks = list(dict.fromkeys(task for _, task, _ in scores))
+    for split in dict.fromkeys(split for split, _, _ in scores):
+        table = Table(split, *(task.replace("_", "\n") for task in tasks))
+        for metric in METRICS:
+            found = [scores.get((split, task, metric)) for task in tasks]
+            cells = ["-" if i is None else f"{100 * i.mean:.1f}\n{100 * i.low:.0f}-{100 * i.high:.0f}" for i in found]
+            table.add_row(metric, *cells)
+        Console().print(table)
 
 
 def _run_judge(args: argparse.Namespace, given: set[str]) -> int:
