@@ -278,7 +278,7 @@ def test_paired_differences_are_narrower_than_their_parts():
 def test_a_report_holds_figures_plots_and_samples(tmp_path):
     outcomes = run_suite(SUITE, Oracle(SUITE, spoil=lambda s, k, e: change(s, colour="red")), batch=3)
     paths = write_report(tmp_path / "report", SUITE, outcomes, measure(outcomes), {"checkpoint": "none"}, samples=2)
-    assert [path.name for path in paths] == ["scores.json", "measurements.jsonl", "report.html"]
+    assert [path.name for path in paths] == ["scores.json", "measurements.jsonl", "report.html", "samples.png"]
     scores = json.loads(paths[0].read_text())
     found = {(s["split"], s["task"], s["metric"], s["turn"]): s for s in scores["scores"]}
     entry = found["test", "tutorial", "step", None]
@@ -297,7 +297,7 @@ def test_a_report_holds_figures_plots_and_samples(tmp_path):
 def test_a_report_can_be_made_of_every_split(tmp_path, split):
     suite = WorldSuite(tasks=("tutorial", "style"), splits=(split,), count=2)
     outcomes = run_suite(suite, Oracle(suite))
-    page = write_report(tmp_path, suite, outcomes, measure(outcomes), {})[-1].read_text()
+    page = write_report(tmp_path, suite, outcomes, measure(outcomes), {})[2].read_text()
     assert f"<th>{split}</th>" in page and "By what a step does" in page
 
 
@@ -306,6 +306,18 @@ def test_a_sheet_shows_what_was_made_over_what_should_be():
     sheet = np.asarray(sample_sheet(outcomes, scale=1))
     assert sheet.shape == (4 * 66, max(len(o.frames) for o in outcomes) * 66, 3)
     np.testing.assert_array_equal(sheet[:64], sheet[66:130])
+
+
+def test_a_sheet_shows_what_was_given_before_what_was_made():
+    outcomes = run_suite(WorldSuite(tasks=("tutorial", "style"), splits=("test",), count=1), Oracle(SUITE))
+    sheet = np.asarray(sample_sheet(outcomes, scale=1))
+    style = next(number for number, outcome in enumerate(outcomes) if outcome.example.task == "style")
+    row = sheet[2 * style * 66 :][:64]
+    given = render([scene for _, scene in outcomes[style].example.conditions])
+    np.testing.assert_array_equal(row[:, :64], given[0])
+    np.testing.assert_array_equal(row[:, 66:130], given[1])
+    np.testing.assert_array_equal(row[:, 2 * 66 + 32 :][:, :64], outcomes[style].frames[0])
+    assert (sheet[(2 * style + 1) * 66 :][:64, : 2 * 66] == 255).all()  # nothing is given in the row of the truth
 
 
 def test_scores_are_kept_by_turn_and_together():

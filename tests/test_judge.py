@@ -13,7 +13,7 @@ from PIL import Image
 from loom_jax import cli
 from loom_jax.core import InputError, LoomError
 from loom_jax.data.world import Scene, Thing, render
-from loom_jax.evaluate import ChatJudge, Sequenced, Verdict, WorldJudge, read_sequences, read_verdict
+from loom_jax.evaluate import ChatJudge, Sequenced, UnreachableError, Verdict, WorldJudge, read_sequences, read_verdict
 from loom_jax.generate import FrameMade, InterleavedRequest, PlanWritten, RequestFailed, SavedWork
 
 CROSS = Thing("small", "red", "cross", "top left")
@@ -141,14 +141,21 @@ def test_the_chat_judge_sends_pictures_and_reads_the_verdict(endpoint, monkeypat
 
 def test_the_chat_judge_says_why_it_has_no_verdict(endpoint, monkeypatch):
     monkeypatch.delenv("LOOM_JUDGE_KEY", raising=False)
-    endpoint.replies = [(401, b"who?"), (200, b"no JSON"), *[(500, b"")] * 2]
-    with pytest.raises(LoomError, match=r"status 401 .*try 1 of 3"):
+    endpoint.replies = [(400, b"too large"), (200, b"no JSON"), *[(500, b"")] * 2]
+    with pytest.raises(LoomError, match=r"status 400 .*try 1 of 3"):
         judge_of(endpoint).judge(sequence(SEA, SEA))
     assert "Authorization" not in endpoint.asked[0][1] and len(endpoint.asked) == 1
     with pytest.raises(LoomError, match="expected a chat completion"):
         judge_of(endpoint).judge(sequence(SEA, SEA))
     with pytest.raises(LoomError, match="try 2 of 2"):
         judge_of(endpoint, attempts=2).judge(sequence(SEA, SEA))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_an_endpoint_that_refuses_every_sequence_alike_is_not_asked_for_the_next(endpoint, status):
+    endpoint.replies = [(status, b"who?")]
+    with pytest.raises(UnreachableError, match=rf"status {status} .*check --judge-url, --judge-model and the key"):
+        judge_of(endpoint).judge(sequence(SEA, SEA))
 
 
 @pytest.mark.parametrize(

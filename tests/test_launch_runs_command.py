@@ -80,6 +80,18 @@ def test_the_losses_of_runs_are_drawn(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("curves.svg\n")
 
 
+def test_an_autoencoder_is_a_run_too(tmp_path, capsys):
+    run = tmp_path / "vae"
+    run.mkdir()
+    (run / "autoencoder.json").write_text(json.dumps({"config": {"total_steps": 40, "seed": 2}}))
+    lines = [{"step": step, "loss": 3 / step, "mse": 2 / step, "pixel_error": 1 / step} for step in range(1, 41)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert set(read_series(run)) == {"pixel_error"}  # its mse is not that of a velocity
+    assert cli.main(["runs", str(tmp_path), "--plot", str(tmp_path / "curves.svg")]) == 0
+    assert "finished  40/40" in capsys.readouterr().out
+    assert (tmp_path / "curves.svg").read_text().count('<g id="axes_') == 1
+
+
 @pytest.mark.parametrize(("file", "message"), [("curves.txt", "must end in"), ("run.json/curves.png", "cannot be")])
 def test_a_picture_that_cannot_be_drawn_is_refused(file, message, tmp_path, capsys):
     run = make_run(tmp_path / "a", 3)

@@ -12,6 +12,8 @@ from typing import Any
 from loom_jax.core import ArgumentParser, CheckpointError, InputError, read_heartbeats, silent_processes
 
 NAME = "loom runs"
+RECORDS = {"run.json": "train", "autoencoder.json": "config"}
+"""File that makes a folder a run, of a model or of an autoencoder -> its key for the configuration."""
 SILENT_SECONDS = 300.0
 """A running job that has not begun a step for so long is said to hang."""
 EPILOG = """examples:
@@ -92,7 +94,7 @@ def _diff(argv: Sequence[str]) -> int:
 
 def find_runs(folder: Path) -> Iterator[Path]:
     """Yields the run folders in a folder, or itself, by name; runs do not lie in runs."""
-    if (folder / "run.json").is_file():
+    if any((folder / record).is_file() for record in RECORDS):
         yield folder
         return
     for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
@@ -118,6 +120,8 @@ def read_state(folder: Path, seen_from: Path) -> Run:
     except CheckpointError as error:
         total, note = None, str(error)
     step = max([last.get("step", 0), *(beat.step for beat in beats)])
+    if not beats and step == total:  # that of an autoencoder leaves none
+        state = "finished"
     return Run(name, state, step, total, max(steps, default=None), last.get("loss"), note)
 
 
@@ -139,11 +143,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: it is no run, or its record cannot be read.
     """
-    file = folder / "run.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} is not a training run: it holds no {file.name}; give the --workdir of a run")
+    found = [(folder / name, key) for name, key in RECORDS.items() if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{folder} is not a training run: it holds no run.json; give the --workdir of a run")
+    file, key = found[0]
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["train"]
+        return json.loads(file.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
 

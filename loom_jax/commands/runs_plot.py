@@ -11,8 +11,13 @@ import numpy as np
 
 from loom_jax.core import InputError
 
-PANELS = {"ce": "cross-entropy of text", "mse": "squared error of the velocity", "loss": "loss"}
-"""Key of a line of the log -> title. `loss` is drawn where a run has neither of the others."""
+PANELS = {
+    "ce": "cross-entropy of text",
+    "mse": "squared error of the velocity",
+    "pixel_error": "mean error of a decoded pixel",
+    "loss": "loss",
+}
+"""Key of a line of the log -> title. `loss` is drawn where a run has none of the others."""
 ENDINGS = (".png", ".svg", ".pdf")
 SMOOTH = 50
 """About so many points of a run are drawn strongly, each the mean of those around it."""
@@ -67,7 +72,8 @@ def _draw(axes: Any, series: Series, key: str, name: str, colour: str) -> None:
 def read_series(folder: Path) -> Series:
     """Returns the losses of a run, and those of held-out rows; steps that were logged twice count once."""
     lines = _lines(folder / "metrics.jsonl")
-    keys = [key for key in ("ce", "mse") if any(line.get(key) for line in lines)] or ["loss"]
+    own = ("pixel_error",) if any("pixel_error" in line for line in lines) else ("ce", "mse")  # an autoencoder's alone
+    keys = [key for key in own if any(line.get(key) for line in lines)] or ["loss"]
     out = {key: _column(lines, key) for key in keys}
     events = [line for line in _lines(folder / "events.ndjson") if line.get("event") == "held_out"]
     out |= {f"held_out/{key}": _column(events, f"held_out/{key}") for key in keys}

@@ -25,7 +25,7 @@ from loom_jax.evaluate.metrics import (
     summarise_kinds,
     values_of,
 )
-from loom_jax.evaluate.report import MEASUREMENTS, PAGE, SCORES, sample_sheet, write_report
+from loom_jax.evaluate.report import MEASUREMENTS, PAGE, SCORES, SHEET, sample_sheet, write_report
 from loom_jax.evaluate.suite import GENERATED_AS, Make, WorldSuite, collect, condition_pictures, run_suite
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "METRICS",
     "PAGE",
     "SCORES",
+    "SHEET",
     "ChatJudge",
     "Interval",
     "Judge",

@@ -32,6 +32,8 @@ from loom_jax.generate import SavedWork
 LOWEST, HIGHEST = 1, 5
 HUNG_UP = (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)
 """Somebody was there while the question was sent; whatever else urllib wraps then says that nobody can be."""
+REFUSALS = (401, 403, 404)
+"""Statuses of an endpoint that wants another key or has no such model: it refuses every sequence alike."""
 RUBRIC = """You judge a sequence of pictures that was made for an instruction, one picture for each step.
 Give two whole numbers from 1 (bad) to 5 (excellent).
 temporal: the pictures go on from each other; what a step does not change stays as it was, and the order makes sense.
@@ -166,7 +168,7 @@ class ChatJudge:
         """Returns the model's verdict.
 
         Raises:
-          UnreachableError: there is nothing at the url.
+          UnreachableError: there is nothing at the url, or what is there knows neither this key nor this model.
           LoomError: the endpoint refuses, gives no verdict, or none that can be read after all attempts.
         """
         return read_verdict(self._ask({"model": self.model, "temperature": 0, "messages": messages(sequence)}))
@@ -180,6 +182,7 @@ class ChatJudge:
     def _ask(self, question: Mapping[str, Any]) -> str:
         address = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(question).encode(), self._headers(), method="POST")
+        failure = LoomError
         for attempt in range(1, self.attempts + 1):
             time.sleep(self.pause * (attempt - 1))
             try:
@@ -188,6 +191,7 @@ class ChatJudge:
             except urllib.error.HTTPError as error:
                 fault = f"status {error.code} {error.reason}"
                 if error.code != 429 and error.code < 500:
+                    failure = UnreachableError if error.code in REFUSALS else LoomError
                     break
             except urllib.error.URLError as error:
                 fault = str(error.reason)
@@ -197,7 +201,7 @@ class ChatJudge:
                     ) from error
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: redirected to nonsense
                 fault = repr(error)
-        raise LoomError(
+        raise failure(
             f"the judge at {address} does not answer ({fault}, try {attempt} of {self.attempts}): "
             f"check --judge-url, --judge-model and the key in {self.key_variable}"
         )

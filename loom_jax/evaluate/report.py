@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from loom_jax.core import LoomError
-from loom_jax.data.world import encode_png, read_pictures, render
+from loom_jax.data.world import SIDE, encode_png, read_pictures, render
 from loom_jax.evaluate.metrics import (
     METRICS,
     Measurement,
@@ -30,7 +30,7 @@ from loom_jax.evaluate.metrics import (
 from loom_jax.evaluate.suite import WorldSuite
 
 SCHEMA = 2
-SCORES, MEASUREMENTS, PAGE = "scores.json", "measurements.jsonl", "report.html"
+SCORES, MEASUREMENTS, PAGE, SHEET = "scores.json", "measurements.jsonl", "report.html", "samples.png"
 _COLOURS = {"train": "#8c8c94", "train_long": "#5b5b63", "test": "#2f5fd0", "long": "#d97a1a"}
 _PLOTTED = ("step", "plan", "sequence", "f1", "consistency")
 
@@ -43,7 +43,7 @@ def write_report(
     run: Mapping[str, Any],
     samples: int = 4,
 ) -> list[Path]:
-    """Writes `report.html`, `scores.json` and `measurements.jsonl`; returns their paths.
+    """Writes `report.html`, `scores.json`, `measurements.jsonl` and `samples.png`; returns their paths.
 
     Args:
       folder: is made, if it is not there.
@@ -51,7 +51,7 @@ def write_report(
       outcomes: what was made.
       measurements: of them.
       run: facts about the run, as JSON: checkpoint, settings, times.
-      samples: requests that the page shows of each task and split, right and wrong ones.
+      samples: requests that the page shows of each task and split, right and wrong ones; the picture shows two.
 
     Raises:
       LoomError: they cannot be written.
@@ -65,13 +65,16 @@ def write_report(
         MEASUREMENTS: "".join(json.dumps(dataclasses.asdict(m)) + "\n" for m in measurements),
         PAGE: page,
     }
+    groups = dict.fromkeys((outcome.split, outcome.example.task) for outcome in outcomes)
+    sheet = sample_sheet([outcome for group in groups for outcome in _choose(outcomes, *group, count=2)])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", errors="replace")
+        sheet.save(folder / SHEET)
     except OSError as error:
         raise LoomError(f"{folder}: cannot be written to ({error.strerror}): choose another folder") from error
-    return [folder / name for name in texts]
+    return [folder / name for name in (*texts, SHEET)]
 
 
 def describe_suite(suite: WorldSuite) -> dict[str, Any]:
@@ -246,14 +249,21 @@ def _finish(figure: Any, axes: Sequence[Any]) -> str:
 
 
 def sample_sheet(outcomes: Sequence[Outcome], scale: int = 2) -> PILImage.Image:
-    """Returns a picture of sequences, two rows each: what was made, and under it what should be."""
-    tiles = [(*outcome.frames, *render(outcome.example.frames)) for outcome in outcomes]
-    side = next(tile[0].shape[0] for tile in tiles)
-    columns = max(max(len(outcome.frames), len(outcome.example.frames)) for outcome in outcomes)
-    sheet = np.full((2 * len(outcomes) * (side + 2), columns * (side + 2), 3), 255, np.uint8)
-    for row, outcome in enumerate(outcomes):
-        for line, pictures in enumerate((outcome.frames, render(outcome.example.frames))):
-            for column, picture in enumerate(pictures):
-                y, x = (2 * row + line) * (side + 2), column * (side + 2)
-                sheet[y : y + side, x : x + side] = picture
+    """Returns a picture of requests, two rows each: what was given and made, and under it what should be."""
+    given = [render([scene for _, scene in o.example.conditions]) if o.example.conditions else () for o in outcomes]
+    first = max(map(len, given))
+    columns = first + max(max(len(o.frames), len(o.example.frames)) for o in outcomes)
+    cell, gap = SIDE + 2, SIDE // 2 * bool(first)
+    sheet = np.full((2 * len(outcomes) * cell, columns * cell + gap, 3), 255, np.uint8)
+
+    def put(row: int, column: int, picture: np.ndarray) -> None:
+        y, x = row * cell, column * cell + gap * (column >= first)
+        sheet[y : y + SIDE, x : x + SIDE] = picture
+
+    for number, (outcome, conditions) in enumerate(zip(outcomes, given, strict=True)):
+        for column, picture in enumerate(conditions, first - len(conditions)):
+            put(2 * number, column, picture)
+        for row, pictures in enumerate((outcome.frames, render(outcome.example.frames)), 2 * number):
+            for column, picture in enumerate(pictures, first):
+                put(row, column, picture)
     return PILImage.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))

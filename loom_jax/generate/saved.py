@@ -149,8 +149,6 @@ class SavedWork:
                 "resume it with the version that made it"
             )
         _check_record(folder / RECORD, record)
-        for part in folder.rglob(f"*{PART}"):
-            part.unlink()
         return cls(folder, record)
 
     @property
@@ -184,8 +182,10 @@ class SavedWork:
         """Returns what `interleave` takes to go on: the numbers of the requests, the requests, and what is done.
 
         Those that were refused have no part in it; those that failed keep their places in the batch, so that the others
-        come out as if it had never been interrupted.
+        come out as if it had never been interrupted. What a killed process left half written is removed.
         """
+        for part in self.folder.rglob(f"*{PART}"):
+            part.unlink()
         numbers: list[int] = []
         requests: list[InterleavedRequest] = []
         done: dict[int, Done] = {}
