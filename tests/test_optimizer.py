@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from loom_jax.core import ConfigError, from_mapping
-from loom_jax.parallel import flatten_params
+from loom_jax.parallel import flatten_params, make_mesh
 from loom_jax.train import (
     EmaConfig,
     LossConfig,
@@ -167,6 +170,28 @@ def test_muon_moves_matrices_of_layers_equally_in_all_directions():
     sizes = np.abs(updates["lm_head"]["kernel"])  # of Adam's first step, with Nesterov's momentum
     np.testing.assert_allclose(sizes, sizes.mean(), rtol=1e-3)
     assert 1e-2 < sizes.mean() < 2e-2
+
+
+@pytest.mark.parametrize("layers", [16, 5])
+def test_muon_deals_its_layers_out_to_all_devices(layers):
+    mesh = make_mesh({"data": 2, "fsdp": -1})
+    assert mesh.size == 8
+    rng = np.random.default_rng(0)
+    names = ("gate_proj", "down_proj")
+    grads = {name: {"kernel": rng.standard_normal((layers, 24, 40)).astype(np.float32)} for name in names}
+    params = {"decoder": {"layers": {"gen": grads}}, "lm_head": {"kernel": rng.standard_normal((12, 9))}}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=0, clip_norm=0.0, eps=1e-8)
+    everywhere = NamedSharding(mesh, P())
+    found, flops = [], []
+    for optimizer in (make_optimizer(config, 10), make_optimizer(config, 10, mesh)):
+        state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
+        step = jax.jit(optimizer.update, in_shardings=everywhere, out_shardings=everywhere)
+        compiled = step.lower(params, state, params).compile()
+        flops.append(compiled.cost_analysis()["flops"])
+        found.append(compiled(*jax.device_put((params, state, params), everywhere)))
+    chex.assert_trees_all_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+    assert flops[1] < flops[0] * (-(-layers // 8) / layers + 0.1)
 
 
 def test_schedules():

@@ -190,7 +190,7 @@ def draft_step(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Draft:
         raise ConfigError(f"remat={config.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     attend = shard_attend(choose_attention(config.attention, platform), mesh)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    optimizer = make_optimizer(config.optimizer, config.total_steps, mesh)
     vae_graphdef, vae = nnx.split(nnx.eval_shape(lambda: _new_autoencoder(config)), nnx.Param)
     vae_shardings = shardings_for(vae, mesh, config.mesh.preset)
     model = nnx.eval_shape(_builder(config))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from loom_jax.parallel import flatten_params
 from loom_jax.train.config import OptimizerConfig
@@ -39,8 +42,14 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return at
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns clipping by global norm, then the optimizer; its updates are added to the parameters."""
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, mesh: Mesh | AbstractMesh | None = None
+) -> optax.GradientTransformation:
+    """Returns clipping by global norm, then the optimizer; its updates are added to the parameters.
+
+    Args:
+      mesh: devices over which Muon deals out the layers; without it each of them works through all that it holds.
+    """
     rate = learning_rate(config, total_steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     parts = [keep_state_in(clip, jnp.dtype(jnp.float32))]
@@ -51,7 +60,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             optax.adafactor(rate, weight_decay_rate=decay, weight_decay_mask=mask, multiply_by_parameter_scale=False)
         )
     elif config.name == "muon":
-        parts.append(_by_path(_muon(config, rate)))
+        parts.append(_by_path(_muon(config, rate), _deal_layers(mesh)))
     else:
         adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
         parts.append(keep_state_in(adam, jnp.dtype(config.moment_dtype)))
@@ -87,8 +96,25 @@ def _matrix_axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
     return None if axes is None else optax.contrib.MuonDimensionNumbers(*axes)
 
 
-def _by_path(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Hands `inner` a dict of path -> leaf in place of a tree of modules."""
+def _deal_layers(mesh: Mesh | AbstractMesh | None) -> Callable[[str, jax.Array], jax.Array]:
+    """Returns a function (path, gradient) that lays matrices of whole layers on devices: each iterates on its own ones.
+
+    Products of matrices that are cut, or that every device holds, would be waited for, or made by all alike.
+    """
+    if mesh is None or mesh.size == 1:
+        return lambda path, leaf: leaf
+    by_layer = NamedSharding(mesh, P(mesh.axis_names))
+
+    def place(path: str, leaf: jax.Array) -> jax.Array:
+        return leaf if _matrix_axes(path) is None else jax.lax.with_sharding_constraint(leaf, by_layer)
+
+    return place
+
+
+def _by_path(
+    inner: optax.GradientTransformation, place: Callable[[str, jax.Array], jax.Array]
+) -> optax.GradientTransformation:
+    """Hands `inner` a dict of path -> leaf in place of a tree of modules, with gradients where `place` puts them."""
 
     def init(params: Any) -> Any:
         return inner.init(flatten_params(params)[0])
@@ -96,6 +122,7 @@ def _by_path(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         leaves, structure = flatten_params(updates)
         new: Any
+        leaves = {path: place(path, leaf) for path, leaf in leaves.items()}
         new, state = inner.update(leaves, state, None if params is None else flatten_params(params)[0])
         return structure.unflatten([new[path] for path in leaves]), state
 
