@@ -14,6 +14,7 @@ import numpy as np
 
 from loom_jax import __version__
 from loom_jax.checkpoint import (
+    WENT_ON,
     ParamWriter,
     RunFolder,
     StoredParam,
@@ -136,16 +137,17 @@ def write_run(opened: RunWeights, folder: Path, dtype: np.dtype | None, vae: Pat
 
 def _trained(opened: RunWeights) -> dict[str, Any]:
     """How the weights came about, back to where they began; of a run without an origin, as its paths tell now."""
-    run, given = opened.run, opened.run.train
+    run, given, meta = opened.run, opened.run.train, read_meta(opened.path)
     settings = {
         "seed": given.get("seed"),
         "data_seed": given.get("data", {}).get("seed"),
         "step": int(opened.path.name),
         # of the process that wrote the checkpoint: it may have gone on for more steps than the run was begun for
-        "total_steps": read_meta(opened.path).get("total_steps", given.get("total_steps")),
+        "total_steps": meta.get("total_steps", given.get("total_steps")),
     }
     origin = run.origin or began_with(given.get("init_from"), given.get("vae_from"))
-    return {"tool": run.created_by, **settings, **origin}
+    later = {WENT_ON: meta[WENT_ON]} if meta.get(WENT_ON) else {}
+    return {"tool": run.created_by, **settings, **origin, **later}
 
 
 def _vae_weights(run: RunFolder, vae: Path | None) -> Path:

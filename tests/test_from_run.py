@@ -34,7 +34,7 @@ from tests.reference import CKPT
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def make_run(path: Path, model: Any, trained: Any, train: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
+def make_run(path: Path, model: Any, trained: Any, train: dict[str, Any], origin: Any = None, meta: Any = None) -> None:
     """A run folder with steps 3 and 6 of a model whose `trained` parameters have a moving average."""
     _, trainable, frozen = nnx.split(model, trained, ...)
     average = jax.tree.map(lambda a: a + 0.25, trainable)
@@ -44,7 +44,7 @@ def make_run(path: Path, model: Any, trained: Any, train: dict[str, Any], origin
         for step in (3, 6):
             now = jax.tree.map(lambda a, step=step: a + step, average)
             state = {"step": jnp.int32(step), "trainable": trainable, "frozen": frozen, "ema": now}
-            checkpoints.save(step, state)
+            checkpoints.save(step, state, meta=meta)
 
 
 def make_autoencoder(path: Path, change: Any = lambda params: params, **config: Any) -> Path:
@@ -156,10 +156,12 @@ def test_the_record_leads_back_to_the_first_weights(run, tmp_path):
 def test_what_the_run_wrote_down_counts_and_old_runs_wrote_nothing(tmp_path):
     origin = {"recipe": ["/data/me/x.py:on", "init_from=/data/w"], "init_from": {"folder": "w", "source": "v step 2"}}
     train = TRAINED | {"init_from": str(tmp_path / "gone")}
-    make_run(tmp_path / "run", tiny.build(), lambda path, _: path[0] != "vit", train, origin)
+    later = [{"after_step": 2, "recipe": ["/data/me/y.py"], "devices": "4 cpu"}]
+    make_run(tmp_path / "run", tiny.build(), lambda path, _: path[0] != "vit", train, origin, {"went_on": later})
     from_run(tmp_path / "run", tmp_path / "folder")
     trained = read_folder(tmp_path / "folder").provenance["trained"]
     assert trained["recipe"] == ["x.py:on", "init_from=w"] and trained["init_from"] == origin["init_from"]
+    assert trained["went_on"] == [{**later[0], "recipe": ["y.py"]}]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     del record["origin"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))

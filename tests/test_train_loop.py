@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loom_jax.checkpoint import RunCheckpoints, load_module, read_folder, saved_steps
+from loom_jax.checkpoint import RunCheckpoints, load_module, read_folder, read_meta, saved_steps
 from loom_jax.converters import to_orbax
 from loom_jax.core import CheckpointError, ConfigError, InputError, LoomError
 from loom_jax.models import LoomModel
@@ -105,11 +105,26 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path):
     notified = after(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     stopped = train(training.config(), tmp_path, notified)
     assert stopped.step == 3 and saved_steps(tmp_path) == [2, 3]
-    state = train(training.config(), tmp_path)
+    state = train(training.config(), tmp_path, recipe=("other.py",))
     assert_same_state(state, whole[1])
     assert steps_of(tmp_path) == steps_of(whole[0])
     own = [RunCheckpoints(w).restore(training.base().abstract_state, step=6).own_data() for w in (tmp_path, whole[0])]
     assert own[0] == own[1]
+
+
+def test_a_checkpoint_remembers_by_what_the_run_went_on(whole, tmp_path):
+    def went_on(step):
+        return read_meta(workdir / "checkpoints" / str(step))["went_on"]
+
+    workdir = copy_of(whole, tmp_path, 2)
+    assert went_on(2) == []
+    stops = [after(step, lambda: os.kill(os.getpid(), signal.SIGTERM)) for step in (3, 4)]
+    for stop in stops:  # twice by one recipe, which is told once
+        train(training.config(), workdir, stop, ("other.py",))
+    train(training.config(), workdir, recipe=("other.py", "save.every=3"))
+    told = [(entry["after_step"], entry["recipe"], entry["devices"]) for entry in went_on(6)]
+    assert told == [(2, ["other.py"], "1 cpu"), (4, ["other.py", "save.every=3"], "1 cpu")]
+    assert went_on(4) == went_on(6)[:1]
 
 
 UNREAD = """

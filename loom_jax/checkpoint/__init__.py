@@ -27,7 +27,15 @@ from loom_jax.checkpoint.folder import (
     shipped_folder,
     write_record,
 )
-from loom_jax.checkpoint.origin import AUTOENCODER_RECORD, autoencoder_origin, began_with, portable, run_origin
+from loom_jax.checkpoint.origin import (
+    AUTOENCODER_RECORD,
+    WENT_ON,
+    autoencoder_origin,
+    began_with,
+    goes_on,
+    portable,
+    run_origin,
+)
 from loom_jax.checkpoint.remote import address_of, refuse_address
 from loom_jax.checkpoint.run import (
     Restored,
@@ -49,6 +57,7 @@ __all__ = [
     "RUN_SCHEMA_VERSION",
     "SCHEMA_VERSION",
     "SHIPPED",
+    "WENT_ON",
     "ModelFolder",
     "ParamWriter",
     "Restored",
@@ -59,6 +68,7 @@ __all__ = [
     "autoencoder_origin",
     "began_with",
     "check_shapes",
+    "goes_on",
     "load_module",
     "migrate",
     "named",

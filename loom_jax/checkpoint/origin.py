@@ -16,6 +16,9 @@ from loom_jax.checkpoint.remote import address_of
 AUTOENCODER_RECORD = "autoencoder.json"
 """Name of the file that makes a folder a training run of an autoencoder."""
 
+WENT_ON = "went_on"
+"""Key, in a checkpoint's meta and in an exported record, of what changed where the run went on."""
+
 _ABSOLUTE = re.compile(r"""(?<![^\s='"(\[,])(?:/[^/'"]+)*/(?=[^/\s])""")
 """The folders of an absolute path, in a text that may hold several: not those of gs://BUCKET/FOLDER or of a/b."""
 
@@ -29,6 +32,22 @@ def run_origin(recipe: Sequence[str], devices: str) -> dict[str, Any]:
     """
     origin = {"recipe": list(recipe), "revision": _revision(), "devices": devices}
     return {key: value for key, value in origin.items() if value}
+
+
+def goes_on(
+    before: Sequence[Mapping[str, Any]], begun: Mapping[str, Any], step: int, now: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns by what a run went on, with the start at hand where it differs from the last.
+
+    Args:
+      before: what this returned for the checkpoint that is gone on from; empty for none.
+      begun: the origin of the run.
+      step: of that checkpoint, 0 for none.
+      now: `run_origin` of the start at hand.
+    """
+    last = before[-1] if before else begun
+    changed = any(last.get(key) != now.get(key) for key in ("recipe", "revision", "devices"))
+    return [*map(dict, before), *([{"after_step": step, **now}] if changed else [])]
 
 
 def began_with(init_from: str | None, vae_from: str | None) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
 import loom_jax
-from loom_jax.checkpoint import RunCheckpoints, began_with, run_origin, start_run
+from loom_jax.checkpoint import WENT_ON, RunCheckpoints, RunFolder, began_with, goes_on, run_origin, start_run
 from loom_jax.core import CheckpointError, to_mapping
 from loom_jax.parallel import PreemptionNotice, global_batch
 from loom_jax.train.config import TrainConfig
@@ -44,7 +44,8 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None, recipe
     """Trains until `config.total_steps`, going on where `workdir` stopped; returns the last state.
 
     A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint. `recipe` goes into the record of a new
-    run: the file that `config` was read from, and what was changed in it (`KEY=VALUE`).
+    run, and into the checkpoints of one that goes on by another: the file that `config` was read from, and what was
+    changed in it (`KEY=VALUE`).
 
     Raises:
       ConfigError: the configuration cannot be used.
@@ -54,14 +55,16 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None, recipe
     watch = Watch(workdir, config)
     job = build_job(config)
     data = job.open_data()
-    _start_folder(job, workdir, recipe)
+    origin = run_origin(recipe, f"{job.mesh.size} {job.mesh.devices.flat[0].device_kind}")
+    run = _start_folder(job, workdir, origin)
     checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
     restored = checkpoints.restore(job.abstract_state, job.shardings)
     if restored is None:
-        state, first = job.new_state(), 0
+        state, first, before = job.new_state(), 0, ()
     else:
-        state, first = restored.state, restored.step
+        state, first, before = restored.state, restored.step, restored.meta.get(WENT_ON, ())
         data.set_state(restored.own_data())
+    remembered = {"total_steps": config.total_steps, WENT_ON: goes_on(before, run.origin, first, origin)}
     folder = workdir if jax.process_index() == 0 else None
     held_out, others = HeldOut(job), hooks(job, workdir) if hooks else ()
     window = ProfileWindow(workdir, config.watch.profile_start, config.watch.profile_steps)
@@ -96,7 +99,7 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None, recipe
             if stop or checkpoints.due(step):
                 log.flush()
                 with watch.part("save"):
-                    meta = {"preempted": step < config.total_steps and stop, "total_steps": config.total_steps}
+                    meta = {"preempted": step < config.total_steps and stop, **remembered}
                     checkpoints.save(step, state, data.get_state(), meta)
             checkpoints.check()
             if stop:
@@ -105,7 +108,7 @@ def train(config: TrainConfig, workdir: Path, hooks: Hooks | None = None, recipe
     return state
 
 
-def _start_folder(job: Job, workdir: Path, recipe: Sequence[str]) -> None:
+def _start_folder(job: Job, workdir: Path, origin: Mapping[str, Any]) -> RunFolder:
     """Makes the run folder, or checks the one that is there; it holds all that an export needs."""
     with tempfile.TemporaryDirectory(prefix="loom_run_") as scratch:
         files = Path(scratch)
@@ -116,12 +119,12 @@ def _start_folder(job: Job, workdir: Path, recipe: Sequence[str]) -> None:
         names = tuple(sorted(path.name for path in files.iterdir()))
         created_by = f"loom_jax {loom_jax.__version__}"
         mapping = to_mapping(job.config)
-        origin = run_origin(recipe, f"{job.mesh.size} {job.mesh.devices.flat[0].device_kind}")
-        origin |= began_with(job.config.init_from, job.config.vae_from)
-        run = start_run(workdir, job.config.model, mapping, files, names, job.vae_params, created_by, origin)
+        begins = {**origin, **began_with(job.config.init_from, job.config.vae_from)}
+        run = start_run(workdir, job.config.model, mapping, files, names, job.vae_params, created_by, begins)
     begun, given = run.train.get("vae_from"), job.config.vae_from
     if (begun and Path(begun).resolve()) != (given and Path(given).resolve()):
         raise CheckpointError(
             f"{workdir} was begun with vae_from={begun!r}, not {given!r}, and holds that autoencoder: give the same, "
             "or choose another folder"
         )
+    return run
