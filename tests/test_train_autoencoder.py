@@ -125,6 +125,12 @@ class TestTraining:
         assert told["recipe"][0].endswith("world_autoencoder.py:decoder") and "total_steps=2" in told["recipe"]
         assert told["keep_encoder"] and told["total_steps"] == 2 and told["devices"] == "1 cpu"
         assert told["init_from"]["folder"] == finished.name and told["init_from"]["total_steps"] == 6
+        assert "went_on" not in told
+        assert train(run, "total_steps=3", f"init_from={finished}", variant=":decoder") == 0
+        told = autoencoder_origin(run)
+        assert "total_steps=2" in told["recipe"] and told["total_steps"] == 3
+        (later,) = told["went_on"]
+        assert later["after_step"] == 2 and "total_steps=3" in later["recipe"] and later["devices"] == "1 cpu"
 
     def test_an_encoder_that_is_not_there_cannot_be_kept(self, tmp_path, capsys):
         assert train(tmp_path / "run", "total_steps=2", "keep_encoder=True") == 2

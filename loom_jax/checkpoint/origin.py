@@ -12,6 +12,7 @@ from typing import Any
 
 from loom_jax.checkpoint.folder import RECORD, read_folder
 from loom_jax.checkpoint.remote import address_of
+from loom_jax.checkpoint.run import read_meta, saved_steps, step_path
 
 AUTOENCODER_RECORD = "autoencoder.json"
 """Name of the file that makes a folder a training run of an autoencoder."""
@@ -64,16 +65,21 @@ def began_with(init_from: str | None, vae_from: str | None) -> dict[str, Any]:
 def autoencoder_origin(run: str | Path) -> dict[str, Any]:
     """Returns where an autoencoder comes from, by the record of its training run; the name of the folder if it is gone.
 
-    Runs from before origins were recorded say as much as their configurations do.
+    Runs from before origins were recorded say as much as their configurations do; how many steps there were, and by
+    what the run went on, its newest checkpoint says if it is still there.
     """
     file = Path(run) / AUTOENCODER_RECORD
     if not file.is_file():
         return {"folder": _name(run)}
     record = json.loads(file.read_text(encoding="utf-8"))
     config = record["config"]
+    meta = read_meta(step_path(Path(run), None)) if saved_steps(Path(run)) else {}
     settings = {key: config.get(key) for key in ("seed", "total_steps", "keep_encoder")}
+    settings["total_steps"] = meta.get("total_steps", settings["total_steps"])
     first = {} if config.get("init_from") is None else {"init_from": autoencoder_origin(config["init_from"])}
-    return {"folder": _name(run), "tool": record["created_by"], **settings, **first, **record.get("origin", {})}
+    later = {WENT_ON: meta[WENT_ON]} if meta.get(WENT_ON) else {}
+    origin = {**first, **record.get("origin", {}), **later}
+    return {"folder": _name(run), "tool": record["created_by"], **settings, **origin}
 
 
 def portable(record: Any) -> Any:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ from flax import nnx
 import loom_jax
 from loom_jax.checkpoint import (
     AUTOENCODER_RECORD,
+    WENT_ON,
     RunCheckpoints,
     autoencoder_origin,
+    goes_on,
     restore_params,
     run_origin,
     save_params,
@@ -101,7 +103,8 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path, recipe: Seq
     """Trains until `config.total_steps`, going on where `workdir` stopped; returns the last state.
 
     A SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint. `recipe` goes into the record of a new
-    run: the file that `config` was read from, and what was changed in it (`KEY=VALUE`).
+    run, and into the checkpoints of one that goes on by another: the file that `config` was read from, and what was
+    changed in it (`KEY=VALUE`).
 
     Raises:
       CheckpointError: `workdir` belongs to another run.
@@ -116,10 +119,15 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path, recipe: Seq
         average = jax.tree.map(jnp.copy, params) if config.ema.decay else None
         return AutoencoderState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
-    _start(workdir, config, recipe)
+    origin = run_origin(recipe, f"1 {jax.devices()[0].device_kind}")
+    begun = _start(workdir, config, origin)
     checkpoints = RunCheckpoints(workdir, config.save.every, config.save.keep_last, config.save.keep_every)
     restored = checkpoints.restore(jax.eval_shape(begin, abstract))
-    state, first = (begin(_first(config, abstract)), 0) if restored is None else (restored.state, restored.step)
+    if restored is None:
+        state, first, before = begin(_first(config, abstract)), 0, ()
+    else:
+        state, first, before = restored.state, restored.step, restored.meta.get(WENT_ON, ())
+    remembered = {"total_steps": config.total_steps, WENT_ON: goes_on(before, begun, first, origin)}
     step_of = jax.jit(make_step(config, graphdef, optimizer), donate_argnums=0)
     log = open_log(workdir / "metrics.jsonl", first)
     with PreemptionNotice() as notice, contextlib.closing(Pictures(config.pictures)) as pictures, log, checkpoints:
@@ -137,7 +145,8 @@ def train_autoencoder(config: AutoencoderTrainConfig, workdir: Path, recipe: Seq
                 text = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
                 console().print(text, highlight=False, soft_wrap=True)
             if stop or checkpoints.due(step):
-                checkpoints.save(step, state, None, {"preempted": step < config.total_steps and stop})
+                meta = {"preempted": step < config.total_steps and stop, **remembered}
+                checkpoints.save(step, state, None, meta)
             checkpoints.check()
             if stop:
                 text = f"stopped after step {step} of {config.total_steps}, with a checkpoint"
@@ -226,24 +235,25 @@ def _parts(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params)
 
 
-def _start(workdir: Path, config: AutoencoderTrainConfig, recipe: Sequence[str]) -> None:
-    """Writes the record of the run, or checks the one that is there."""
+def _start(workdir: Path, config: AutoencoderTrainConfig, origin: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Writes the record of the run, or checks the one that is there; returns by what the run was begun."""
     record, mapping = workdir / AUTOENCODER_RECORD, to_mapping(config)
     if record.is_file():
-        found = json.loads(record.read_text(encoding="utf-8"))["config"]
-        if found["vae"] != mapping["vae"]:
-            raise CheckpointError(f"{workdir} is a run of another autoencoder ({found['vae']}): choose another folder")
-        return
-    origin = run_origin(recipe, f"1 {jax.devices()[0].device_kind}")
+        run = json.loads(record.read_text(encoding="utf-8"))
+        found = run["config"]["vae"]
+        if found != mapping["vae"]:
+            raise CheckpointError(f"{workdir} is a run of another autoencoder ({found}): choose another folder")
+        return run.get("origin", {})
     if config.init_from is not None:
         check_autoencoder(Path(config.init_from), config.vae)
-        origin["init_from"] = autoencoder_origin(config.init_from)
+        origin = {**origin, "init_from": autoencoder_origin(config.init_from)}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         content = {"created_by": f"loom_jax {loom_jax.__version__}", "config": mapping, "origin": origin}
         record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{workdir} cannot be made a run folder ({error}): choose another place") from error
+    return origin
 
 
 def _finish(workdir: Path, state: AutoencoderState) -> None:
