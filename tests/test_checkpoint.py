@@ -31,6 +31,7 @@ from loom_jax.core import CheckpointError, ConfigError, LoomConfig
 from loom_jax.models import Autoencoder, LoomModel
 from loom_jax.models.load import load_folder
 from loom_jax.parallel import PRESETS, flatten_params, make_mesh, shardings_for
+from tests.flags import xla_flags
 from tests.reference import CKPT
 
 
@@ -274,7 +275,7 @@ def test_each_process_reads_only_its_own_shards_and_saves_them(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(4), "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, str(rank), address, str(tmp_path / "step")],

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image as PILImage
 
+from tests.flags import xla_flags
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -44,12 +46,11 @@ def follow(text: str, checkout: Path, minutes: float) -> str:
     # What this run of make was given, such as ARGS=, is not for those of the page.
     environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "ARGS")}
     environ |= {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     command = ["bash", "-c", script(text)]
     done = subprocess.run(
         command,
         cwd=checkout,
-        env=environ | {"XLA_FLAGS": flags},
+        env=environ | {"XLA_FLAGS": xla_flags()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

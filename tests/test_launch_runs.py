@@ -18,6 +18,7 @@ import pytest
 from loom_jax.checkpoint import read_params, step_path, stored_params
 from loom_jax.core import read_heartbeats
 from loom_jax.launch import JobDescription, LocalJob, Patience, render_job
+from tests.flags import xla_flags
 from tests.local_slurm import find, local_slurm, missing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +36,7 @@ SMALL = (
 )
 MINUTES = 60.0
 # Only process 0 finds its programs in jax's cache, so compiling should cost little.
-FLAGS = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-FLAGS += " --xla_llvm_disable_expensive_passes=true"
-ENVIRONMENT = {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
 pytestmark = pytest.mark.slow
 
 

@@ -36,7 +36,7 @@ def forward(model):
     drawn = tiny.draw([tiny.DOCUMENTS])
     graphdef, params = nnx.split(model)
     call = jax.jit(lambda p, *args: nnx.merge(graphdef, p)(*args)[:2])
-    return training.run_once(call, params, drawn.batch.streams, drawn.state, drawn.timesteps)
+    return call(params, drawn.batch.streams, drawn.state, drawn.timesteps)
 
 
 @functools.cache

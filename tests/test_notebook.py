@@ -5,6 +5,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from tests.flags import xla_flags
+
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebooks" / "look_inside.ipynb"
 
 
@@ -15,7 +17,7 @@ def test_the_notebook_is_stored_without_outputs():
 
 
 def test_the_notebook_runs(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     made = [output for cell in notebook.cells for output in cell.get("outputs", ())]

@@ -29,6 +29,7 @@ from loom_jax.checkpoint import (
 )
 from loom_jax.core import CheckpointError, ConfigError, LoomError
 from loom_jax.parallel import PreemptionNotice, flatten_params, make_mesh, shardings_for, state_shardings
+from tests.flags import xla_flags
 from tests.reference import CKPT
 from tests.tiny import CONFIG
 
@@ -445,7 +446,7 @@ def start_python(code: str, *arguments: str) -> "subprocess.Popen[str]":
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla_flags(4),
     }
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(

@@ -17,6 +17,7 @@ from loom_jax.checkpoint import read_run_params
 from loom_jax.parallel import flatten_params, make_mesh
 from loom_jax.train import train
 from tests import training
+from tests.flags import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,7 +96,7 @@ def test_two_processes_equal_one(tmp_path):
         address = f"localhost:{probe.getsockname()[1]}"
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla_flags(4),
         "LOOM_DEBUG": "1",
     }
     command = [

@@ -43,7 +43,7 @@ def drawn(*overrides: str):
     given = training.config(*overrides)
     parts = draft_step(given, make_mesh("single")).parts
     call = jax.jit(lambda *args: draw(parts, *args))
-    return training.run_once(call, training.vae_params(), training.train_batch(given), jnp.int32(0))
+    return call(training.vae_params(), training.train_batch(given), jnp.int32(0))
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def measured(*overrides: str):
     parts = draft_step(given, make_mesh("single")).parts
     call = jax.jit(lambda *args: gradients(parts, *args)[0])
     args = on_device(state_for(given)), training.train_batch(given).batch, drawn()
-    return flatten_params(jax.device_get(training.run_once(call, *args)))[0]
+    return flatten_params(jax.device_get(call(*args)))[0]
 
 
 def state_for(given):
@@ -154,9 +154,7 @@ def two_steps(*overrides: str):
     ema = jax.tree.map(lambda a: a.astype(given.ema.dtype), begin.trainable)
     begin = begin._replace(optimizer=jax.device_get(draft.parts.optimizer.init(begin.trainable)), ema=ema)
     rows = [training.train_batch(given, number) for number in (1, 2)]
-    step = training.base().step
-    if overrides:
-        step = draft.step.lower(begin, training.vae_params(), rows[0]).compile(compiler_options=training.FAST)
+    step = draft.step if overrides else training.base().step
     first, _ = step(on_device(begin), training.vae_params(), rows[0])
     kept = jax.device_get(first)
     second, metrics = step(first, training.vae_params(), rows[1])
@@ -251,7 +249,7 @@ def test_no_key_is_used_twice():
         return draw(parts, training.vae_params(), batch, step), params, average
 
     with jax.debug_key_reuse(True):
-        jax.jit(everything, compiler_options=training.FAST)(jnp.int32(3))
+        jax.jit(everything)(jnp.int32(3))
         with pytest.raises(KeyReuseError):
             jax.jit(lambda key: (jax.random.normal(key), jax.random.bits(key)))(jax.random.key(0))
 

@@ -87,15 +87,6 @@ def train_batch(given: TrainConfig, number: int = 1) -> TrainBatch:
     return batches[-1]
 
 
-FAST = {"xla_backend_optimization_level": 0}
-"""Compiler options of functions that run once or twice."""
-
-
-def run_once(function: Any, *args: Any) -> Any:
-    """Calls a jitted function, compiled in half the time to something slower."""
-    return function.lower(*args).compile(compiler_options=FAST)(*args)
-
-
 @functools.cache
 def base() -> Job:
     """The job of the plain configuration, compiled once."""
@@ -131,4 +122,4 @@ def take_step(given: TrainConfig, mesh: Mesh, state: Any = None, batch: TrainBat
     placed = jax.device_put(start() if state is None else state, draft.shardings)
     vae = jax.device_put(vae_params(), jax.tree.map(lambda a: a.sharding, draft.vae))
     rows = global_batch(train_batch(given) if batch is None else batch, mesh)
-    return jax.device_get(run_once(draft.step, placed, vae, rows))
+    return jax.device_get(draft.step(placed, vae, rows))
