@@ -11,6 +11,7 @@ import pytest
 from PIL import Image as PILImage
 
 from tests.flags import xla_flags
+from tests.test_demo import FRAMES, right_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -105,10 +106,16 @@ def test_commands_in_the_manual_have_the_flags_they_show():
 
 @pytest.mark.slow
 def test_the_way_of_a_newcomer(clone):
-    """A clean clone, `make demo` and every block of the quickstart, and `make test`, of one file: CI runs it whole."""
+    """A clean clone, `make demo` and every block of the quickstart, and `make test`, of one file: CI runs it whole.
+
+    The weights that come along draw what the demonstration asks, but for little.
+    """
     quickstart = (clone / "docs" / "quickstart.md").read_text(encoding="utf-8")
     assert "make demo" in script(quickstart)
-    follow(quickstart, clone, minutes=60)
+    found = right_of(follow(quickstart, clone, minutes=60))
+    assert {task: frames for task, (_, frames) in found.items()} == FRAMES
+    assert all(right for right, _ in found.values()), found
+    assert sum(right for right, _ in found.values()) >= 0.7 * sum(FRAMES.values()), found
     for made in ("out/demo/generated/gallery.html", "out/star/gallery.html", "out/star/python_1.png"):
         assert (clone / made).is_file(), made
     assert (clone / "out" / "demo" / "training" / "checkpoints" / "20").is_dir()

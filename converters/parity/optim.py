@@ -47,9 +47,10 @@ def check_optim(records: Records, port: Port) -> Checked:
     start = nnx.state(port.model)
     params, averages = start, dict.fromkeys(DECAYS, start)
     optimizer = make_optimizer(SETTINGS, total_steps=500_000)
-    state = optimizer.init(start)
+    move, average_of = jax.jit(lambda *args: _move(optimizer, *args)), jax.jit(update_ema, static_argnums=2)
+    state = jax.jit(optimizer.init)(start)
     pack = build_pack(records, port)
-    key = jax.random.key(0)  # for rounding, of which float32 has no need
+    rounding = jax.random.key(0)  # of which float32 has no need
     comparable: dict[str, np.ndarray] = {}
     for step in (1, 2, 3):
         loss, gradients = loss_and_gradients(port, pack, params)
@@ -57,14 +58,12 @@ def check_optim(records: Records, port: Port) -> Checked:
         if step == 3:
             break
         gradients = _without_fixed(gradients)
-        norm = optax.global_norm(gradients)
+        params, state, norm = move(gradients, state, params, rounding)
         out.computed[f"total_norm_{step}"] = norm
         for key, gradient in by_release_key(port, gradients).items():
             clipped = gradient * min(1.0, SETTINGS.clip_norm / (float(norm) + 1e-6))
             comparable[key] = comparable.get(key, True) & (np.abs(clipped) > ABOVE_ROUNDING)
-        updates, state = optimizer.update(gradients, state, params)
-        params = apply_updates(params, updates, key)
-        averages = {name: update_ema(average, params, DECAYS[name], key) for name, average in averages.items()}
+        averages = {name: average_of(average, params, DECAYS[name], rounding) for name, average in averages.items()}
         out.computed |= _named(f"p{step}", by_release_key(port, params), r)
     for name, average in averages.items():
         out.computed |= _named(name, by_release_key(port, average), r)
@@ -76,6 +75,14 @@ def check_optim(records: Records, port: Port) -> Checked:
             if f"mask_ok.{key}" in r:
                 out.masks[name] = r[f"mask_ok.{key}"]
     return out
+
+
+def _move(
+    optimizer: optax.GradientTransformation, gradients: nnx.State, state: Any, params: nnx.State, rounding: jax.Array
+) -> tuple[nnx.State, Any, jax.Array]:
+    """Returns (parameters, state, norm of the gradients) after one step."""
+    updates, state = optimizer.update(gradients, state, params)
+    return apply_updates(params, updates, rounding), state, optax.tree.norm(gradients)
 
 
 def _named(kind: str, values: dict[str, np.ndarray], recorded: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

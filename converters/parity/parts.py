@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from loom_jax.converters.parity.port import Port, channels_first, channels_last
 from loom_jax.converters.parity.records import Checked, Records
@@ -20,6 +22,7 @@ from loom_jax.document import (
     patchify,
     unpack_latent,
 )
+from loom_jax.models import Autoencoder
 from loom_jax.nn import (
     apply_rope,
     denoising_schedule,
@@ -106,8 +109,8 @@ def check_mot_layer(records: Records, port: Port) -> Checked:
         out[und], out[gen] = parts[0][0], parts[1][0]
         return out
 
-    attended, _ = layer.attention(streams, ropes, joint)
-    result, _ = layer(streams, ropes, joint)
+    attended, _ = nnx.jit(lambda layer: layer.attention(streams, ropes, joint))(layer)
+    result, _ = nnx.jit(lambda layer: layer(streams, ropes, joint))(layer)
     mask = may_attend(flat, flat)
     edge = int(r["sample_lens"][0])
     return Checked(
@@ -189,28 +192,7 @@ def check_vae(records: Records, port: Port) -> Checked:
     """The autoencoder, whole and in parts, and the packing of latents."""
     r, vae = records.arrays("vae"), port.vae
     last = {name: channels_last(r[name]) for name in r if r[name].ndim == 4}
-    noise = last["noise"]
-    moments = vae.encode(last["image"])
-    z = vae.sample(moments, noise)
-    encoded = dict(vae.encoder.stages(last["image"]))
-    decoded = dict(vae.decoder.stages(z / vae.config.scale_factor + vae.config.shift_factor))
-    part = r["enc_down0"].shape[1]
-    mid = f"mid.{_last_block(encoded)}"
-    layers = {
-        "mean": moments.mean,
-        "logvar": moments.logvar,
-        "z": z,
-        "enc_down0": encoded["down.0.downsample"][..., :part],
-        "enc_mid": encoded[mid],
-        "dec_mid": decoded[mid],
-        "decoded": vae.decode(last["z_dec"]),
-        "roundtrip": vae.decode(z),
-        "padded_mean": vae.encode(last["padded_batch"]).mean,
-        "res_out": vae.encoder.down[1].block[0](last["res_in"]),
-        "attn_out": vae.encoder.mid.attn_1(last["attn_in"]),
-        "down_out": vae.encoder.down[0].downsample(last["down_in"]),
-        "up_out": vae.decoder.up[1].upsample(last["up_in"]),
-    }
+    layers = nnx.jit(_autoencoder_layers)(vae, last)
     patch = port.config.latent_patch_size
     packed = pack_latent(channels_last(r["pack_in"]), patch)
     grid = (r["pack_in"].shape[1] // patch, r["pack_in"].shape[2] // patch)
@@ -224,6 +206,31 @@ def check_vae(records: Records, port: Port) -> Checked:
     }
     fed = {"image", "noise", "z_dec", "padded_batch", "res_in", "attn_in", "down_in", "up_in", "pack_in", "patchify_in"}
     return Checked(computed, fed)
+
+
+def _autoencoder_layers(vae: Autoencoder, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns what the autoencoder and its parts make of the recorded inputs."""
+    moments = vae.encode(given["image"])
+    z = vae.sample(moments, given["noise"])
+    encoded = dict(vae.encoder.stages(given["image"]))
+    decoded = dict(vae.decoder.stages(z / vae.config.scale_factor + vae.config.shift_factor))
+    part = given["enc_down0"].shape[-1]
+    mid = f"mid.{_last_block(encoded)}"
+    return {
+        "mean": moments.mean,
+        "logvar": moments.logvar,
+        "z": z,
+        "enc_down0": encoded["down.0.downsample"][..., :part],
+        "enc_mid": encoded[mid],
+        "dec_mid": decoded[mid],
+        "decoded": vae.decode(given["z_dec"]),
+        "roundtrip": vae.decode(z),
+        "padded_mean": vae.encode(given["padded_batch"]).mean,
+        "res_out": vae.encoder.down[1].block[0](given["res_in"]),
+        "attn_out": vae.encoder.mid.attn_1(given["attn_in"]),
+        "down_out": vae.encoder.down[0].downsample(given["down_in"]),
+        "up_out": vae.decoder.up[1].upsample(given["up_in"]),
+    }
 
 
 def _last_block(stages: dict[str, Any]) -> str:
