@@ -31,8 +31,8 @@ SAMPLING = ("--steps", "16", "--cfg-text-scale", "2", "--cfg-img-scale", "1", "-
 """How pictures are drawn. Pictures of 64 x 64 pixels need fewer points than the 50 of large ones. Text guidance is half
 of theirs: colours here are to be right, not strong. Without picture guidance one branch less is run."""
 TRAINING = ("--config.total_steps=20", "--config.data.rows=1", "--config.mesh.preset=single")
-"""What is changed of the recipe that trains on: batches of one row, which keep the whole within two minutes on a slow
-day of two cores, and are too small to be cut for many devices."""
+"""What is changed of the recipe that trains on: batches of one row, since all of it is to take two minutes at most
+on two cores, and those are too small to be cut for many devices."""
 
 REQUESTS = "demo.jsonl"
 """Also tells the folder of an earlier demonstration, whose results may be removed."""
